@@ -1,0 +1,217 @@
+"""The walk over a graph that collects and solves the equations of all its axes."""
+
+from __future__ import annotations
+
+import itertools
+
+import onnx_ir as ir
+
+from onnx_autoglm.axes import contents as known
+from onnx_autoglm.axes import dims as ax
+from onnx_autoglm.axes.contents import Contents
+from onnx_autoglm.axes.dims import Dim
+from onnx_autoglm.axes.facts import (
+    CountedAttribute,
+    DefaultedAttribute,
+    Pin,
+    PinKind,
+    Role,
+    ZeroCheck,
+    label,
+)
+from onnx_autoglm.axes.follow import follow
+from onnx_autoglm.axes.op import Op, Unknown
+from onnx_autoglm.axes.rules import RULES
+from onnx_autoglm.axes.size import Size, parse, symbol
+
+# Ops through which a weight stays a weight: they move or select its entries.
+_MOVES = frozenset(
+    "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Expand Slice Split Concat Gather "
+    "GatherND DequantizeLinear".split()
+)
+_LOOKS_UP = frozenset("Gather GatherND GatherElements ScatterElements".split())
+
+
+class Analysis:
+    """Dimension expressions of every value of a graph, and all facts stated about them.
+
+    The graph must be topologically sorted, with constants lifted to initializers and functions inlined
+    (`onnx_autoglm.passes.canonicalize`). The analysis never changes it.
+    """
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self.graph = model.graph
+        self.values: dict[ir.Value, list[Dim] | None] = {}
+        self.views: dict[tuple[ir.Node, int], list[Dim]] = {}
+        self.contents: dict[ir.Value, Contents] = {}
+        self.weights: set[ir.Value] = set()
+        self.index_of: dict[ir.Value, Dim] = {}
+        self.sequences: dict[ir.Value, list[list[Dim]]] = {}
+        self.pins: list[tuple[Dim, Pin]] = []
+        self.floors: list[tuple[Dim, int]] = []
+        self.roles: list[tuple[Dim, Role, ir.Node]] = []
+        self.zero_checks: list[ZeroCheck] = []
+        self.counted: list[CountedAttribute] = []
+        self.defaulted: list[DefaultedAttribute] = []
+        self._symbols: dict[str, Dim] = {}
+        self._counter = itertools.count()
+        self._walk()
+
+    # --- reading the graph
+
+    def opset(self, domain: str) -> int:
+        return self.graph.opset_imports.get(domain, 1)
+
+    def opaque(self) -> Size:
+        return symbol(f"?{next(self._counter)}")
+
+    def input_dims(self, node: ir.Node, index: int) -> list[Dim] | None:
+        """The axes of an input as this node sees them."""
+        value = node.inputs[index]
+        if value is None:
+            return None
+        return self.views.get((node, index)) or self.values.get(value)
+
+    # --- the walk
+
+    def _walk(self) -> None:
+        for value in self.graph.initializers.values():
+            self._enter_initializer(value)
+        for value in self.graph.inputs:
+            self._enter_input(value)
+        for node in self.graph:
+            self._visit(node)
+        for value in self.graph.outputs:
+            if value in self.index_of:
+                self.pins.append((self.index_of[value], Pin("its index is a graph output", value.name or "")))
+            for axis, dim in enumerate(self.values.get(value) or []):
+                self.pins.append((dim, Pin(f"axis {axis} of the graph output {value.name}", "", PinKind.INTERFACE)))
+
+    def _enter_initializer(self, value: ir.Value) -> None:
+        tensor = value.const_value
+        if tensor is None:
+            return
+        self.weights.add(value)
+        shape = [int(size) for size in tensor.shape]
+        if tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL:
+            if tensor.size <= known.MAX_ENTRIES and tensor.dtype.bitwidth >= 8:
+                self.contents[value] = known.constant(tensor.numpy())
+        uses = value.uses()
+        # Exporters merge equal vectors of different layers (biases of zeros, norms of ones). Each use of
+        # a vector is its own axis, cloned on write; untying a shared matrix would duplicate it instead.
+        if len(uses) > 1 and sum(size > 1 for size in shape) <= 1 and not value.is_graph_output():
+            for node, index in uses:
+                self.views[node, index] = [ax.fresh(size) for size in shape]
+        self.values[value] = [ax.fresh(size) for size in shape]
+
+    def _enter_input(self, value: ir.Value) -> None:
+        if value in self.values:
+            return
+        if value.shape is None:
+            self.values[value] = None
+            return
+        dims = [self._declared(size) for size in value.shape]
+        for axis, dim in enumerate(dims):
+            self.pins.append((dim, Pin(f"axis {axis} of the graph input {value.name}", "", PinKind.INTERFACE)))
+        self.values[value] = dims
+
+    def _declared(self, size: int | ir.SymbolicDim) -> Dim:
+        if isinstance(size, int):
+            return ax.fresh(size)
+        if size.value is None:
+            return ax.fresh(self.opaque())
+        text = str(size.value)
+        if text not in self._symbols:
+            self._symbols[text] = ax.fresh(parse(text))
+        return self._symbols[text]
+
+    def _visit(self, node: ir.Node) -> None:
+        op = Op(self, node)
+        if node.op_type in _MOVES and op.has(0) and op.is_weight(0):
+            self.weights.update(node.outputs)
+        if node.op_type in _MOVES and op.has(0) and op.value(0) in self.index_of:
+            self.index_of.update((output, self.index_of[op.value(0)]) for output in node.outputs)
+        self._pin_used_indices(node)
+        contents = follow(op)
+        if contents is not None:
+            self._enter_contents(node, contents)
+            return
+        rule = RULES.get((node.domain, node.op_type))
+        if rule is None:
+            self._give_up(node, _why_no_rule(node))
+            return
+        try:
+            rule(op)
+        except Unknown as reason:
+            self._give_up(node, str(reason))
+        for output in node.outputs:
+            if output not in self.values:
+                self.values[output] = self._declared_dims(output, "an output without a rule", node)
+
+    def _pin_used_indices(self, node: ir.Node) -> None:
+        """An index selected along an axis may be looked up with; used as a number, it pins the axis."""
+        looks_up = node.op_type in _LOOKS_UP
+        for index, value in enumerate(node.inputs):
+            moved = index == 0 and node.op_type in _MOVES
+            if value not in self.index_of or moved or node.op_type == "Shape":
+                continue
+            if not (looks_up and index == 1):
+                pin = Pin("an index selected along it is used as a number", label(node))
+                self.pins.append((self.index_of[value], pin))
+
+    def _enter_contents(self, node: ir.Node, results: list[Contents]) -> None:
+        for output, contents in zip(node.outputs, results, strict=False):
+            self.contents[output] = contents
+            dims = [ax.fresh(size) for size in contents.shape]
+            pin = Pin("an integer array computed in the graph", label(node))
+            self.pins.extend((dim, pin) for dim in dims if dim)
+            self.values[output] = dims
+
+    def _give_up(self, node: ir.Node, reason: str) -> None:
+        """Pins every axis that the node touches, those its bodies capture included."""
+        for index in range(len(node.inputs)):
+            self._pin_value(self.input_dims(node, index), reason, node)
+            for element in self.sequences.get(node.inputs[index], []):  # type: ignore[arg-type]
+                self._pin_value(element, reason, node)
+        for value in _captured(node):
+            self._pin_value(self.values.get(value), f"captured by the body of {node.op_type}", node)
+        for output in node.outputs:
+            self.values[output] = self._declared_dims(output, reason, node)
+
+    def _pin_value(self, dims: list[Dim] | None, reason: str, node: ir.Node) -> None:
+        pin = Pin(reason, label(node))
+        self.pins.extend((dim, pin) for dim in dims or [] if dim)
+
+    def _declared_dims(self, value: ir.Value, reason: str, node: ir.Node) -> list[Dim] | None:
+        if value.shape is None:
+            return None
+        dims = [ax.fresh(size if isinstance(size, int) else self.opaque()) for size in value.shape]
+        self._pin_value(dims, reason, node)
+        return dims
+
+
+def _why_no_rule(node: ir.Node) -> str:
+    if any(attribute.type in _BODIES for attribute in node.attributes.values()):
+        return f"a boundary of control flow ({node.op_type})"
+    where = f"{node.domain}::" if node.domain else ""
+    return f"no rule for the operator {where}{node.op_type}"
+
+
+_BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """Values of the outer graph that the bodies of a control-flow node read."""
+    bodies: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            bodies.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            bodies.extend(attribute.as_graphs())
+    captured: list[ir.Value] = []
+    for body in bodies:
+        for inner in body.all_nodes():
+            captured.extend(value for value in inner.inputs if value is not None)
+        captured.extend(body.outputs)
+    return captured

@@ -1,0 +1,311 @@
+"""Prunable structures, read off a finished analysis.
+
+A structure is a free atom with the places where it lives in initializers. Its kind follows from the roles
+that its axis was seen in, its outer atoms from where it occurs, and every reason not to cut it is a pin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+
+import onnx_ir as ir
+
+from onnx_autoglm.axes.analysis import Analysis
+from onnx_autoglm.axes.dims import Atom, Dim, Sum, leaves, parts_of, resolve, size_of
+from onnx_autoglm.axes.facts import Pin, PinKind, Role, label
+from onnx_autoglm.axes.names import name_structures
+from onnx_autoglm.axes.zeros import Zeros
+
+KINDS = {
+    "query-head": "query heads, chosen separately in each KV group",
+    "kv-group": "KV groups with their query heads; changes the shape of KV caches",
+    "ffn-channel": "inner channels of feed-forward layers",
+    "value-channel": "channels of the values of a head",
+    "qk-pair": "channels of queries and keys: rotary pairs, or single channels without rotation",
+    "expert-channel": "inner channels of the experts of a mixture",
+    "conv-channel": "channels of convolutions",
+    "expert": "experts of a mixture; lossy, the router chooses among fewer",
+    "hidden": "the residual stream; lossy, norms see fewer channels",
+}
+LOSSY = frozenset({"expert", "hidden"})
+# Kinds of pin that a kind of structure may lift when it is asked for by name.
+_LIFTS = {"expert": PinKind.SELECT, "hidden": PinKind.NORM}
+# Ops that append to or write into a cache: a graph input they read and write out is state, not data.
+_STORES = frozenset(
+    "Concat Attention GroupQueryAttention MultiHeadAttention ScatterND ScatterElements TensorScatter".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """An initializer as some of its consumers see it."""
+
+    value: ir.Value
+    consumers: tuple[tuple[ir.Node, int], ...]
+    dims: list[Dim]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """One axis of an initializer in which a structure lives."""
+
+    use: Use
+    axis: int
+
+
+@dataclasses.dataclass(eq=False)
+class Structure:
+    """An atom that can be cut, or that could be but for its pins.
+
+    `outers` are atoms with which the selection may vary; `floor` is the least count per selection;
+    `cost` the parameters that one index holds, in one outer index.
+    """
+
+    atom: Atom
+    kind: str
+    size: int
+    places: list[Place]
+    outers: tuple[Atom, ...] = ()
+    pins: list[Pin] = dataclasses.field(default_factory=list)
+    interface: list[str] = dataclasses.field(default_factory=list)
+    floor: int = 1
+    cost: float = 0.0
+    id: str = ""
+
+    @property
+    def groups(self) -> int:
+        """How many separate selections there are: the product of the outer sizes."""
+        total = 1
+        for outer in self.outers:
+            assert isinstance(outer.size, int)
+            total *= outer.size
+        return total
+
+    @property
+    def parameters(self) -> int:
+        return round(self.cost * self.size * self.groups)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Structures:
+    """All structures of a model and the initializer uses they live in."""
+
+    analysis: Analysis
+    found: list[Structure]
+    uses: list[Use]
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self.found)
+
+    def by_id(self) -> dict[str, Structure]:
+        return {structure.id: structure for structure in self.found}
+
+
+def find_structures(analysis: Analysis) -> Structures:
+    """Reads structures, kinds, pins and outer atoms off a finished analysis."""
+    uses = list(_uses(analysis))
+    places: dict[Atom, list[Place]] = defaultdict(list)
+    for use in uses:
+        for axis, dim in enumerate(use.dims):
+            for atom in dict.fromkeys(leaves(dim)):
+                places[atom].append(Place(use, axis))
+    roles = _by_atom((dim, role) for dim, role, _ in analysis.roles)
+    pins = _by_atom(analysis.pins)
+    _add_zero_pins(analysis, pins, places)
+    groups = _kv_groups(analysis, places)
+    candidates: dict[Atom, str] = {}
+    for atom in places:
+        kind = _kind(atom, set(roles[atom]), set(pins[atom]), places[atom], groups)
+        if kind is not None and isinstance(atom.size, int):
+            candidates[atom] = kind
+    experts = {atom for atom, kind in candidates.items() if kind == "expert"}
+    outers = _outers(analysis, uses, set(candidates))
+    found = []
+    for atom, kind in candidates.items():
+        if kind == "ffn-channel" and experts and all(_holds(place.use, experts) for place in places[atom]):
+            kind = "expert-channel"
+        assert isinstance(atom.size, int)
+        structure = Structure(atom, kind, atom.size, places[atom], outers[atom])
+        _settle(analysis, structure, list(dict.fromkeys(pins[atom])))
+        found.append(structure)
+    _name(found)
+    return Structures(analysis, found, uses)
+
+
+def _uses(analysis: Analysis) -> list[Use]:
+    uses: list[Use] = []
+    for value in analysis.graph.initializers.values():
+        shared: list[tuple[ir.Node, int]] = []
+        for node, index in value.uses():
+            view = analysis.views.get((node, index))
+            if view is not None:
+                uses.append(Use(value, ((node, index),), view))
+            else:
+                shared.append((node, index))
+        dims = analysis.values.get(value)
+        if shared and dims is not None:
+            uses.append(Use(value, tuple(shared), dims))
+    return uses
+
+
+def _by_atom(facts):  # type: ignore[no-untyped-def]
+    result = defaultdict(list)
+    for dim, fact in facts:
+        for atom in leaves(dim):
+            result[atom].append(fact)
+    return result
+
+
+def _add_zero_pins(analysis: Analysis, pins: dict[Atom, list[Pin]], places: dict[Atom, list[Place]]) -> None:
+    zeros = Zeros(analysis)
+    for check in analysis.zero_checks:
+        for atom in leaves(check.dim):
+            if atom in places and not any(
+                zeros.input_is_zero(check.node, index, atom) for index in check.operands
+            ):
+                pins[atom].append(Pin(check.reason, label(check.node)))
+
+
+def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]:
+    """Head atoms under which another head atom lives in fewer weights: `kv` above `rep`."""
+    heads: dict[ir.Node, set[Atom]] = defaultdict(set)
+    for dim, role, node in analysis.roles:
+        if role == Role.HEAD:
+            heads[node].update(atom for atom in leaves(dim) if atom in places)
+    groups: set[Atom] = set()
+    for atoms in heads.values():
+        held = {atom: {place.use for place in places[atom]} for atom in atoms}
+        groups.update(a for a in atoms if any(held[b] < held[a] for b in atoms))
+    return groups
+
+
+def _kind(
+    atom: Atom, roles: set[Role], pins: set[Pin], places: list[Place], groups: set[Atom]
+) -> str | None:
+    pinned = {pin.kind for pin in pins}
+    if not roles & {Role.MADE, Role.CONTRACTED, Role.STACKED, Role.CONVOLVED}:
+        return None  # positions and batches take part in products too, but no weight makes them
+    if Role.HEAD in roles:
+        return "kv-group" if atom in groups else "query-head"
+    if Role.SCORED in roles:
+        return "qk-pair"
+    if Role.CARRIED in roles:
+        return "value-channel" if Role.CONTRACTED in roles else None
+    if Role.STACKED in roles:
+        return "expert"
+    if PinKind.NORM in pinned and Role.ADDED in roles:
+        return "hidden"
+    if Role.CONVOLVED in roles:
+        return "conv-channel"
+    if Role.CONTRACTED in roles and Role.MADE in roles:
+        return "ffn-channel"
+    return None
+
+
+def _holds(use: Use, atoms: set[Atom]) -> bool:
+    return any(atom in atoms for dim in use.dims for atom in leaves(dim))
+
+
+def _settle(analysis: Analysis, structure: Structure, pins: list[Pin]) -> None:
+    """Pins that remain for this kind, the graph interface it changes, its floor and its cost."""
+    atom = structure.atom
+    lifted = _LIFTS.get(structure.kind)
+    structure.pins = [pin for pin in pins if pin.kind not in (lifted, PinKind.INTERFACE)]
+    if any(pin.kind == PinKind.INTERFACE for pin in pins):
+        names, stateful = _interface(analysis, atom)
+        structure.interface = names
+        if not stateful:
+            structure.pins.extend(pin for pin in pins if pin.kind == PinKind.INTERFACE)
+    for dim, count in analysis.floors:
+        if atom in leaves(dim):
+            total = size_of(dim)
+            assert isinstance(total, int)
+            structure.floor = max(structure.floor, -(-count * structure.size // total))
+    structure.cost = sum(_entries(place, atom) for place in structure.places) / structure.groups
+
+
+def _entries(place: Place, atom: Atom) -> float:
+    """How many entries of an initializer one index of the atom holds, summed over its outer indices."""
+    tensor, dim = place.use.value.const_value, place.use.dims[place.axis]
+    total = size_of(dim)
+    assert tensor is not None and isinstance(total, int)
+    return float(tensor.size) * _held(dim, atom) / total
+
+
+def _held(dim: Dim, atom: Atom) -> int:
+    """How many entries of an axis belong to one index of the atom."""
+    factors = resolve(dim)
+    total = size_of(factors)
+    assert isinstance(total, int)
+    for factor in factors:
+        assert isinstance(factor.size, int)
+        if factor is atom:
+            return total // factor.size
+        if isinstance(factor.bound, Sum):
+            inner = sum(_held(part, atom) for part in parts_of(factor))
+            if inner:
+                return inner * (total // factor.size)
+    return 0
+
+
+def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
+    """The graph inputs and outputs that hold the atom, and whether all of them are cache state."""
+
+    def axes(value: ir.Value) -> list[int]:
+        return [axis for axis, dim in enumerate(analysis.values.get(value) or []) if atom in leaves(dim)]
+
+    inputs = [value for value in analysis.graph.inputs if axes(value)]
+    outputs = [value for value in analysis.graph.outputs if axes(value)]
+    names = [value.name or "" for value in (*inputs, *outputs)]
+    fed: set[ir.Value] = set()
+    for output in outputs:
+        producer = output.producer()
+        if producer is None or producer.op_type not in _STORES:
+            return names, False
+        state = [value for value in inputs if value in producer.inputs and axes(value) == axes(output)]
+        if not state:
+            return names, False
+        fed.update(state)
+    return names, bool(inputs) and fed == set(inputs)
+
+
+def _outers(analysis: Analysis, uses: list[Use], atoms: set[Atom]) -> dict[Atom, tuple[Atom, ...]]:
+    """For each atom the atoms that enclose it in every value and initializer in which it occurs."""
+    common: dict[Atom, set[Atom]] = {}
+    every = [dims for dims in analysis.values.values() if dims] + [use.dims for use in uses]
+    for dims in every:
+        factors = [[atom for atom in resolve(dim) if atom.bound is None] for dim in dims]
+        counts = Counter(atom for dim in dims for atom in leaves(dim))
+        for axis, dim in enumerate(dims):
+            elsewhere = {atom for other, row in enumerate(factors) if other != axis for atom in row}
+            for atom, before in _enclosing(dim, set()):
+                if atom in atoms:
+                    # An atom with two places around another one (`a*a*b`) gives it no one index.
+                    around = {outer for outer in before | elsewhere if counts[outer] < 2}
+                    common[atom] = common[atom] & around if atom in common else around
+    order = {atom: index for index, atom in enumerate(atoms)}
+    return {
+        atom: tuple(sorted((outer for outer in common.get(atom, ()) if outer in atoms), key=order.__getitem__))
+        for atom in atoms
+    }
+
+
+def _enclosing(dim: Dim, before: set[Atom]) -> list[tuple[Atom, set[Atom]]]:
+    """Every free atom of an axis with the free factors to its left, those of enclosing products too."""
+    found: list[tuple[Atom, set[Atom]]] = []
+    for factor in resolve(dim):
+        if isinstance(factor.bound, Sum):
+            for part in parts_of(factor):
+                found.extend(_enclosing(part, before))
+        else:
+            found.append((factor, before))
+            before = before | {factor}
+    return found
+
+
+def _name(found: list[Structure]) -> None:
+    for structure, name in zip(
+        found, name_structures([(s.kind, s.places) for s in found]), strict=True
+    ):
+        structure.id = name

@@ -1,0 +1,103 @@
+"""`plan.json`: what was removed from which source, in a form that other programs can replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.axes.selection import Selection
+from onnx_autoglm.axes.structures import Structure, Structures
+from onnx_autoglm.errors import UserError
+from onnx_autoglm.sliced_tensor import SlicedTensor
+
+FORMAT = "onnx-autoglm/plan"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The content of `plan.json`.
+
+    `removals` cut initializers of the source. `interfaces` cut graph inputs and outputs (caches) in the
+    same terms. `lossy` lists norms and selections that see fewer entries, for the proof.
+    """
+
+    source: dict[str, Any]
+    structures: list[dict[str, Any]]
+    removals: list[dict[str, Any]]
+    interfaces: list[dict[str, Any]]
+    lossy: list[dict[str, Any]]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Reads a plan. Raises UserError if the file is not one."""
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise UserError(f"cannot read the plan {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not a plan: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise UserError(f"{path} is not a plan of version {VERSION} ({FORMAT})")
+        fields = [field.name for field in dataclasses.fields(cls)]
+        missing = [name for name in fields if name not in data]
+        if missing:
+            raise UserError(f"the plan {path} lacks {', '.join(missing)}: write it again with optimize")
+        return cls(**{name: data[name] for name in fields})
+
+
+def describe_structure(structure: Structure, selection: Selection) -> dict[str, Any] | None:
+    """The entry of a structure that was cut; None for one that stayed whole."""
+    mask = selection.kept.get(structure.atom)
+    if mask is None:
+        return None
+    rows = [np.flatnonzero(row).tolist() for row in mask.reshape(-1, structure.size)]
+    return {
+        "id": structure.id,
+        "kind": structure.kind,
+        "size": structure.size,
+        "kept": rows if structure.outers else rows[0],
+        "interface": structure.interface,
+    }
+
+
+def interface_cuts(structures: Structures, selection: Selection) -> list[dict[str, Any]]:
+    """How graph inputs and outputs shrink."""
+    graph = structures.analysis.graph
+    cuts: list[dict[str, Any]] = []
+    for value in (*graph.inputs, *graph.outputs):
+        dims = structures.analysis.values.get(value) or []
+        for axis, dim in enumerate(dims):
+            if selection.touches(dim):
+                kept, outer = selection.indices(dims, axis)
+                cut: dict[str, Any] = {"name": value.name, "axis": axis, "kept": kept.tolist()}
+                if outer is not None:
+                    cut["outer_axis"] = outer
+                cuts.append(cut)
+    return cuts
+
+
+def cut_arrays(arrays: dict[str, np.ndarray], cuts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays with the interface cuts of a plan applied, by name."""
+    result = dict(arrays)
+    for name in {cut["name"] for cut in cuts} & set(arrays):
+        own = [cut for cut in cuts if cut["name"] == name]
+        kept = {cut["axis"]: np.asarray(cut["kept"]) for cut in own}
+        outer = {cut["axis"]: cut["outer_axis"] for cut in own if "outer_axis" in cut}
+        result[name] = SlicedTensor(ir.tensor(arrays[name]), kept, outer).numpy()
+    return result
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

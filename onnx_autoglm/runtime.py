@@ -1,0 +1,362 @@
+"""Run graphs in ONNX Runtime without copying their weights into memory, and compare what they compute."""
+
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.errors import UserError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Arrays = dict[str, np.ndarray]
+
+EMBED_BYTES = 4096  # smaller tensors travel inside the model
+ALIGNMENT = 4096
+MESSAGE_LENGTH = 300
+RELATIVE_FLOOR = 1e-6
+
+
+class Session:
+    """An ONNX Runtime session over an in-memory model whose weights stay on disk.
+
+    ONNX Runtime receives a skeleton in which every large tensor is external data. Tensors that already lie in
+    a file are mapped from there, wherever that is; the others (lazy or in memory) are streamed to one file in
+    `scratch` (by default the system's folder for temporary files), which is removed as soon as it is mapped.
+    Nothing is written beside the model, and the model is not changed.
+
+    Work on weights alone (a mask times a weight) is scheduled just before its first use, so that only
+    one such product lives at a time.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        *,
+        optimize: bool = False,
+        threads: int | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            model: the graph; it is only read.
+            optimize: let ONNX Runtime rewrite the graph and pack weights, as a deployed session would. It
+                runs faster, but packed weights are copied into memory.
+            threads: worker threads; by default ONNX Runtime's own choice.
+            scratch: folder for weights that are not in a file yet.
+
+        Raises:
+            UserError: ONNX Runtime refuses the model, or `scratch` cannot hold the weights.
+        """
+        import onnxruntime
+
+        options = _session_options(optimize, threads)
+        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
+            skeleton, root = _skeleton(model, Path(folder) / "weights")
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
+            try:
+                self._session = onnxruntime.InferenceSession(
+                    skeleton, options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:
+                raise UserError(f"ONNX Runtime cannot load the model: {_core_message(error)}") from error
+        self.input_names = [item.name for item in self._session.get_inputs()]
+        self.output_names = [item.name for item in self._session.get_outputs()]
+        ends = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._plain = all(_is_plain(item.type) for item in ends)
+
+    def run(self, feeds: Arrays, outputs: Sequence[str] | None = None) -> Arrays:
+        """Compute `outputs` (all of them by default); 16-bit floats keep their type.
+
+        Raises:
+            UserError: the graph does not run on these feeds.
+        """
+        names = self.output_names if outputs is None else list(outputs)
+        try:
+            if self._plain:
+                return dict(zip(names, self._session.run(names, feeds), strict=True))
+            values = {name: _to_ort(array) for name, array in feeds.items()}
+            results = self._session.run_with_ort_values(names, values)
+        except Exception as error:
+            raise UserError(f"ONNX Runtime cannot run the model: {_core_message(error)}") from error
+        return {name: _from_ort(result) for name, result in zip(names, results, strict=True)}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two runs are apart.
+
+    `relative` is the worst max|a-b| / max|a| over the outputs, `absolute` the max|a-b| of that same output.
+    `reason` says why the difference is infinite. `inconclusive` says why equality would prove nothing.
+    """
+
+    relative: float
+    absolute: float
+    output: str | None
+    reason: str | None = None
+    inconclusive: str | None = None
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the runs agree to a relative tolerance, and their agreement means something."""
+        return self.inconclusive is None and self.relative <= tolerance
+
+
+def compare(expected: Arrays, actual: Arrays) -> Difference:
+    """The worst relative difference between two sets of outputs, matched by name.
+
+    Per output it is max|a-b| / max(max|a|, 1e-6) over the finite elements. A missing output, another shape, a
+    NaN or infinity that the other side does not have: an infinite difference, with the reason. If no element
+    anywhere is finite, or none is different from zero, the result is marked inconclusive.
+    """
+    worst = Difference(0.0, 0.0, None)
+    largest, any_finite = 0.0, False
+    for name, a in expected.items():
+        found = _difference(name, a, actual.get(name))
+        if worst.output is None or found.relative > worst.relative:
+            worst = found
+        finite = np.abs(_as_float(a)[np.isfinite(_as_float(a))])
+        any_finite |= finite.size > 0
+        largest = max(largest, float(finite.max(initial=0.0)))
+    if math.isinf(worst.relative) or largest > 0:
+        return worst
+    doubt = "all outputs are zero" if any_finite else "the outputs hold no finite number"
+    return Difference(worst.relative, worst.absolute, worst.output, None, doubt)
+
+
+def _difference(name: str, expected: np.ndarray, actual: np.ndarray | None) -> Difference:
+    if actual is None:
+        return Difference(math.inf, math.inf, name, f"output {name!r} is missing")
+    if expected.shape != actual.shape:
+        reason = f"output {name!r} has shape {list(actual.shape)} instead of {list(expected.shape)}"
+        return Difference(math.inf, math.inf, name, reason)
+    a, b = _as_float(expected), _as_float(actual)
+    finite = np.isfinite(a) & np.isfinite(b)
+    same = finite | (a == b) | (np.isnan(a) & np.isnan(b))
+    if not same.all():
+        count = int((~same).sum())
+        reason = f"output {name!r} has {count} elements that are NaN or infinite on one side only"
+        return Difference(math.inf, math.inf, name, reason)
+    absolute = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
+    scale = float(np.abs(a[finite]).max(initial=0.0))
+    return Difference(absolute / max(scale, RELATIVE_FLOOR), absolute, name)
+
+
+def _as_float(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "OSU":  # strings: equal or not
+        _, codes = np.unique(array.astype(str), return_inverse=True)
+        return codes.reshape(array.shape).astype(np.float64)
+    return array.astype(np.float64)
+
+
+def _session_options(optimize: bool, threads: int | None) -> "onnxruntime.SessionOptions":
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimize:
+        return options
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # The default order runs everything that depends on weights alone first, and keeps it all in memory.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    options.enable_cpu_mem_arena = False  # the arena never gives memory back
+    options.enable_mem_pattern = False
+    return options
+
+
+def _skeleton(model: ir.Model, spill: Path) -> tuple[bytes, str]:
+    """The serialized model with every large tensor as external data, and the folder its locations start from.
+
+    Tensors that lie in no file are written to `spill`.
+    """
+    copy = model.clone()
+    _delay_weight_work(copy.graph)
+    placer = _Placer(_tensors(copy), spill)
+    for value in _initializers(copy):
+        assert value.const_value is not None
+        value.const_value = placer.place(value.const_value)
+    for node, name, tensor in _attribute_tensors(copy):
+        node.attributes[name] = ir.AttrTensor(name, placer.place(tensor))
+    return ir.serde.serialize_model(copy).SerializeToString(), placer.root
+
+
+def _initializers(model: ir.Model) -> list[ir.Value]:
+    graphs = [model.graph, *model.graph.subgraphs()]
+    values = [value for graph in graphs for value in graph.initializers.values()]
+    return [value for value in values if value.const_value is not None]
+
+
+def _attribute_tensors(model: ir.Model) -> list[tuple[ir.Node, str, ir.TensorProtocol]]:
+    return [
+        (node, name, attribute.as_tensor())
+        for node in model.graph.all_nodes()
+        for name, attribute in node.attributes.items()
+        if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref()
+    ]
+
+
+def _tensors(model: ir.Model) -> list[ir.TensorProtocol]:
+    weights = [value.const_value for value in _initializers(model) if value.const_value is not None]
+    return weights + [tensor for _, _, tensor in _attribute_tensors(model)]
+
+
+class _Placer:
+    """Gives each tensor a place in a file below `root`, the deepest folder that holds all files."""
+
+    def __init__(self, tensors: Iterable[ir.TensorProtocol], spill: Path) -> None:
+        # ONNX Runtime resolves links and refuses a file outside the root, so all paths are real ones.
+        self._spill = os.path.realpath(spill)
+        files = [_real_path(tensor) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+        self.root = os.path.commonpath([os.path.dirname(path) for path in (self._spill, *files)])
+        self._offsets: dict[int, int] = {}  # of tensors in the spill file, by id: the model keeps them alive
+
+    def place(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        """The tensor as small in-memory data, or as external data with a location below the root."""
+        if tensor.dtype == ir.DataType.STRING:
+            return tensor
+        if tensor.nbytes < EMBED_BYTES:
+            shape = ir.Shape(tensor.shape.numpy())
+            return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=shape, name=tensor.name)
+        if isinstance(tensor, ir.ExternalTensor):
+            path, offset = _real_path(tensor), tensor.offset or 0
+        else:
+            path, offset = self._spill, self._spilled(tensor)
+        return ir.ExternalTensor(
+            Path(os.path.relpath(path, self.root)).as_posix(),
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name or "",
+            base_dir=self.root,
+        )
+
+    def _spilled(self, tensor: ir.TensorProtocol) -> int:
+        if id(tensor) not in self._offsets:
+            self._offsets[id(tensor)] = _append(Path(self._spill), tensor)
+        return self._offsets[id(tensor)]
+
+
+def _real_path(tensor: ir.ExternalTensor) -> str:
+    return os.path.realpath(tensor.path)
+
+
+def _append(path: Path, tensor: ir.TensorProtocol) -> int:
+    """Write the tensor at the end of the file; return its offset."""
+    try:
+        with open(path, "ab") as file:
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            offset = file.tell()
+            _write(tensor, file)
+    except OSError as error:
+        raise UserError(
+            f"cannot write temporary weights to {path.parent}: {error.strerror}. Point the environment"
+            " variable TMPDIR at a folder with enough space."
+        ) from error
+    return offset
+
+
+def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    if hasattr(tensor, "tofile"):
+        tensor.tofile(file)  # in pieces, where the tensor knows how
+    else:
+        file.write(tensor.tobytes())
+
+
+def _delay_weight_work(graph: ir.Graph) -> None:
+    """Move every node that depends on weights alone to just before its first consumer."""
+    nodes = list(graph)
+    position = {node: index for index, node in enumerate(nodes)}
+    from_weights: set[ir.Node] = set()
+    for node in nodes:
+        if all(_is_weight(value, graph, from_weights) for value in _reads(node)):
+            from_weights.add(node)
+    order: dict[ir.Node, None] = {}
+    for node in nodes:
+        if node not in from_weights:
+            needed = _ancestors(node, from_weights, order)
+            order.update(dict.fromkeys([*sorted(needed, key=position.__getitem__), node]))
+    order.update(dict.fromkeys(nodes))  # what nothing but a graph output reads
+    graph.remove(nodes)
+    graph.extend(order)
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """The inputs of a node and of all nodes in its bodies."""
+    attributes = node.attributes.values()
+    bodies = [a.as_graph() for a in attributes if a.type == ir.AttributeType.GRAPH and not a.is_ref()]
+    inner = (value for body in bodies for child in body.all_nodes() for value in child.inputs)
+    return [value for value in (*node.inputs, *inner) if value is not None]
+
+
+def _is_weight(value: ir.Value, graph: ir.Graph, from_weights: set[ir.Node]) -> bool:
+    if value.graph is not graph:  # local to a body
+        return True
+    producer = value.producer()
+    if producer is not None:
+        return producer in from_weights
+    return value.is_initializer() and not value.is_graph_input()
+
+
+def _ancestors(node: ir.Node, among: set[ir.Node], done: Mapping[ir.Node, None]) -> set[ir.Node]:
+    """The ancestors of `node` within `among` that are not done yet."""
+    found: set[ir.Node] = set()
+    stack = [node]
+    while stack:
+        for value in _reads(stack.pop()):
+            producer = value.producer()
+            if producer in among and producer not in done and producer not in found:
+                found.add(producer)
+                stack.append(producer)
+    return found
+
+
+def _core_message(error: Exception) -> str:
+    """ONNX Runtime's message on one line, without its status prefix, its C++ signatures and its dump."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    text = re.sub(r"\S+\.(?:cc|h|cpp):\d+ [^()]*\([^()]*\)(?: const)? ", "", text)
+    return text if len(text) <= MESSAGE_LENGTH else text[:MESSAGE_LENGTH] + "..."
+
+
+def _is_plain(kind: str) -> bool:
+    """Whether numpy alone can carry values of this ONNX Runtime type, e.g. 'tensor(float)'."""
+    return not any(word in kind for word in ("bfloat16", "float8", "float4", "int4", "int2"))
+
+
+def _to_ort(array: np.ndarray) -> "onnxruntime.OrtValue":
+    import onnxruntime
+
+    contiguous = np.array(array, order="C", copy=None)
+    dtype = contiguous.dtype
+    if dtype.kind == "V":  # an ml_dtypes type
+        raw: Any = contiguous.view(np.uint16 if dtype.itemsize == 2 else np.uint8)
+        element_type = int(ir.DataType.from_numpy(dtype))
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element_type)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(contiguous)
+
+
+def _from_ort(value: "onnxruntime.OrtValue") -> np.ndarray:
+    """The tensor as numpy array; also of the types that ONNX Runtime itself cannot hand to numpy."""
+    if _is_plain(value.data_type()):
+        return np.asarray(value.numpy())
+    import ctypes
+
+    dtype = ir.DataType(value.element_type()).numpy()
+    size = value.tensor_size_in_bytes()
+    buffer = (ctypes.c_char * size).from_address(value.data_ptr())
+    array: np.ndarray = np.frombuffer(bytes(buffer), dtype=dtype)
+    return array.reshape(value.shape())

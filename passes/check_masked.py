@@ -1,0 +1,73 @@
+"""Proves a pruned model against its source: masked equals pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.feeds import candidate_feeds, first_run
+from onnx_autoglm.passes.mask import mask
+from onnx_autoglm.plan import Plan, cut_arrays
+from onnx_autoglm.runtime import Difference, Session, compare
+from onnx_autoglm.upcast import needs_upcast, upcast
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The outcome of one check: the worst difference, and on what inputs it was seen."""
+
+    difference: Difference
+    inputs: dict[str, list[int]]
+    precision: str
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference.within(self.tolerance)
+
+
+def check_masked(
+    source: ir.Model,
+    plan: Plan,
+    pruned: ir.Model,
+    *,
+    feeds: Arrays | None = None,
+    tolerance: float = 1e-4,
+    scratch: Path | None = None,
+    step: Callable[[str], None] = lambda _: None,
+) -> Proof:
+    """Runs the masked source and the pruned model on the same inputs and compares all outputs.
+
+    Models in 16-bit floats are compared in float32: the same graph and weights with wider arithmetic, so
+    that rounding cannot hide a wrong cut.
+
+    Args:
+        source: the canonicalized source; it is masked in place.
+        feeds: inputs of the source; generated from its signature if not given.
+        tolerance: the largest relative difference accepted, per output (float32 rounding: 1e-4).
+        scratch: folder for temporary weights.
+        step: told what is going on.
+
+    Raises:
+        UserError: one of the models does not load or run in ONNX Runtime.
+    """
+    wide = needs_upcast(source)
+    masked = mask(source, plan.removals, plan.lossy)
+    if wide:
+        masked, pruned = upcast(masked), upcast(pruned)
+    step("running the masked source")
+    session = Session(masked, scratch=scratch)
+    candidates: Iterable[Arrays] = [feeds] if feeds is not None else candidate_feeds(masked)
+    used, expected = first_run(session, candidates)
+    del session
+    step("running the pruned model")
+    actual = Session(pruned, scratch=scratch).run(cut_arrays(used, plan.interfaces))
+    difference = compare(cut_arrays(expected, plan.interfaces), actual)
+    shapes = {name: list(array.shape) for name, array in used.items()}
+    return Proof(difference, shapes, "float32" if wide else "as exported", tolerance)

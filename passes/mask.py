@@ -1,0 +1,214 @@
+"""Zeroes in a source model what a plan removes: one half of the proof that nothing else changed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.axes.analysis import Analysis
+from onnx_autoglm.axes.dims import leaves, size_of
+from onnx_autoglm.axes.facts import PinKind
+from onnx_autoglm.axes.selection import Selection
+from onnx_autoglm.errors import UserError
+
+# Smaller weights are masked in memory; larger ones by a Mul in the graph, so that they stay on disk.
+_IN_MEMORY_BYTES = 1 << 20
+
+
+def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[dict[str, Any]]) -> ir.Model:
+    """Zeroes the complement of every `kept` of a plan in a canonical source model, in place.
+
+    Args:
+        model: the canonicalized source.
+        removals: the entries of `plan.json`.
+        lossy: its `lossy` entries, which say where norms and selections see only what was kept.
+
+    Raises:
+        UserError: the plan names something that the model does not hold.
+    """
+    consumers = {output.name: node for node in model.graph for output in node.outputs}
+    grouped: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = defaultdict(list)
+    for removal in removals:
+        grouped[removal["initializer"], tuple(removal["consumers"])].append(removal)
+    for (name, users), cuts in grouped.items():
+        source = model.graph.initializers.get(name)
+        if source is None or source.const_value is None:
+            raise UserError(f"the plan cuts {name!r}, which the source does not hold: is it the right source?")
+        nodes = [_consumer(consumers, user) for user in users]
+        _mask_initializer(model.graph, source, nodes, cuts)
+    for entry in lossy:
+        _narrow(model.graph, _consumer(consumers, entry["consumer"]), entry)
+    return model
+
+
+def _consumer(consumers: dict[str | None, ir.Node], name: str) -> ir.Node:
+    if name not in consumers:
+        raise UserError(f"the plan names {name!r}, which the source does not compute: is it the right source?")
+    return consumers[name]
+
+
+def _mask_initializer(
+    graph: ir.Graph, source: ir.Value, nodes: list[ir.Node], cuts: list[dict[str, Any]]
+) -> None:
+    tensor = source.const_value
+    assert tensor is not None
+    keep = keep_mask(tuple(int(size) for size in tensor.shape), cuts)
+    name = f"{source.name}_masked_{len(graph.initializers)}"
+    if tensor.nbytes <= _IN_MEMORY_BYTES or not tensor.dtype.is_floating_point():
+        array = np.where(keep, tensor.numpy(), np.zeros((), dtype=tensor.dtype.numpy()))
+        masked = ir.Value(name=name, const_value=ir.Tensor(array, dtype=tensor.dtype, name=name))
+        masked.shape, masked.dtype = ir.Shape(list(array.shape)), tensor.dtype
+        graph.register_initializer(masked)
+    else:
+        factor = ir.Value(name=name, const_value=ir.Tensor(keep.astype(tensor.dtype.numpy()), name=name))
+        factor.shape, factor.dtype = ir.Shape(list(keep.shape)), tensor.dtype
+        graph.register_initializer(factor)
+        product = ir.node("Mul", [source, factor])
+        masked = product.outputs[0]
+        masked.dtype, masked.shape = tensor.dtype, ir.Shape(list(tensor.shape))
+        graph.insert_before(min(nodes, key=graph.index) if len(nodes) > 1 else nodes[0], product)
+    for node in nodes:
+        for index, value in enumerate(node.inputs):
+            if value is source:
+                node.replace_input_with(index, masked)
+
+
+def keep_mask(shape: tuple[int, ...], cuts: Iterable[dict[str, Any]]) -> np.ndarray:
+    """A boolean array that broadcasts to `shape`, True where every cut keeps the entry."""
+    keep = np.ones([1] * len(shape), dtype=bool)
+    for cut in cuts:
+        axis, outer, kept = cut["axis"], cut.get("outer_axis"), cut["kept"]
+        layout = [1] * len(shape)
+        layout[axis] = shape[axis]
+        if outer is None:
+            row = np.zeros(shape[axis], dtype=bool)
+            row[np.asarray(kept)] = True
+        else:
+            layout[outer] = shape[outer]
+            row = np.zeros((shape[outer], shape[axis]), dtype=bool)
+            row[np.arange(shape[outer])[:, None], np.asarray(kept)] = True
+            row = row if outer < axis else row.T
+        keep = keep & row.reshape(layout)
+    return keep
+
+
+# --- lossy kinds: norms and selections in the source see only what was kept
+
+
+def lossy_entries(analysis: Analysis, selection: Selection) -> list[dict[str, Any]]:
+    """Where a plan narrows norms (`gather`) or selections (`exclude`), for `mask`."""
+    entries: list[dict[str, Any]] = []
+    seen: set[ir.Node] = set()
+    for dim, pin in analysis.pins:
+        node = pin.source
+        if pin.kind not in (PinKind.NORM, PinKind.SELECT) or node is None or node in seen:
+            continue
+        if pin.kind == PinKind.SELECT and node.op_type not in _SELECTING:
+            continue
+        if not any(atom in selection.kept for atom in leaves(dim)):
+            continue
+        seen.add(node)
+        entry: dict[str, Any] = {"consumer": next(output.name for output in node.outputs if output.name)}
+        entry["how"] = "gather" if pin.kind == PinKind.NORM else "exclude"
+        entry["inputs"] = _axes(
+            selection, {i: analysis.input_dims(node, i) for i in range(len(node.inputs))}
+        )
+        entry["outputs"] = _axes(
+            selection, {i: analysis.values.get(output) for i, output in enumerate(node.outputs)}
+        )
+        entries.append(entry)
+    return entries
+
+
+_SELECTING = frozenset("Softmax LogSoftmax Hardmax TopK ArgMax ArgMin".split())
+
+
+def _axes(selection: Selection, values: dict[int, Any]) -> list[dict[str, Any]]:
+    return [
+        {"index": index, "axis": axis, "kept": selection.indices(dims, axis)[0].tolist(), "size": size_of(dim)}
+        for index, dims in values.items()
+        for axis, dim in enumerate(dims or [])
+        if selection.touches(dim)
+    ]
+
+
+def _narrow(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
+    if entry["how"] == "gather":
+        _narrow_norm(graph, node, entry)
+    else:
+        _exclude(graph, node, entry)
+
+
+def _narrow_norm(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
+    """The norm runs on the kept channels alone; its outputs are spread out again, with zeros between."""
+    wide = node.inputs[0]
+    assert wide is not None
+    for place in entry["inputs"]:
+        value = node.inputs[place["index"]]
+        assert value is not None
+        narrow = _add(graph, node, "Gather", [value, _integers(graph, place["kept"])], axis=place["axis"])
+        node.replace_input_with(place["index"], narrow)
+    last = node
+    for place in entry["outputs"]:
+        output, axis, kept = node.outputs[place["index"]], place["axis"], place["kept"]
+        users = list(output.uses())
+        bounds = [_integers(graph, [number]) for number in (0, 1, axis)]
+        first = ir.node("Slice", [wide, *bounds])
+        zero = ir.node("Sub", [first.outputs[0], first.outputs[0]])
+        padded = ir.node("Concat", [output, zero.outputs[0]], {"axis": axis})
+        positions = np.full(place["size"], len(kept))
+        positions[np.asarray(kept)] = np.arange(len(kept))
+        spread = ir.node("Gather", [padded.outputs[0], _integers(graph, positions.tolist())], {"axis": axis})
+        for created in (first, zero, padded, spread):
+            _set_type(created.outputs[0], output)
+            graph.insert_after(last, created)
+            last = created
+        for user, index in users:
+            user.replace_input_with(index, spread.outputs[0])
+
+
+def _exclude(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
+    """A selection never picks what was removed: its entries are at minus infinity."""
+    lowest = node.op_type == "ArgMin" or (
+        node.op_type == "TopK" and "largest" in node.attributes and not node.attributes["largest"].as_int()
+    )
+    for place in entry["inputs"]:
+        if place["index"] != 0:
+            continue
+        value = node.inputs[0]
+        assert value is not None
+        keep = np.zeros(place["size"], dtype=bool)
+        keep[np.asarray(place["kept"])] = True
+        rank = len(value.shape) if value.shape is not None else place["axis"] + 1
+        keep = keep.reshape([-1 if axis == place["axis"] else 1 for axis in range(rank)])
+        dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+        fill = _initializer(graph, np.array(np.inf if lowest else -np.inf, dtype=dtype))
+        node.replace_input_with(0, _add(graph, node, "Where", [_initializer(graph, keep), value, fill]))
+
+
+def _integers(graph: ir.Graph, numbers: list[int]) -> ir.Value:
+    return _initializer(graph, np.array(numbers, dtype=np.int64))
+
+
+def _initializer(graph: ir.Graph, array: np.ndarray) -> ir.Value:
+    name = f"mask_constant_{len(graph.initializers)}"
+    value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+    value.shape, value.dtype = ir.Shape(list(array.shape)), ir.DataType.from_numpy(array.dtype)
+    graph.register_initializer(value)
+    return value
+
+
+def _add(graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+    created = ir.node(op_type, inputs, attributes)
+    _set_type(created.outputs[0], inputs[-1] if op_type == "Where" else inputs[0])
+    graph.insert_before(before, created)
+    return created.outputs[0]
+
+
+def _set_type(value: ir.Value, like: ir.Value) -> None:
+    if like.dtype is not None:
+        value.dtype = like.dtype

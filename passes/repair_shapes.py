@@ -1,0 +1,463 @@
+"""Re-derives everything in a graph that states the size of an axis, after axes were cut.
+
+Shape inputs (constant or computed), counting attributes, defaults that must keep the source's value, indices
+of constant Gathers and declared value shapes. Where a computed shape already follows the cut axis it is left
+alone; where it does not, only the entries that are wrong are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.axes.analysis import Analysis
+from onnx_autoglm.axes.contents import Contents, evaluate
+from onnx_autoglm.axes.dims import Dim, resolve, size_of
+from onnx_autoglm.axes.facts import label
+from onnx_autoglm.axes.selection import Selection
+from onnx_autoglm.axes.size import Size, exact_div, mul
+from onnx_autoglm.errors import UserError
+
+
+def repair_shapes(analysis: Analysis, selection: Selection) -> int:
+    """Repairs the analysed graph in place and returns how many places were changed."""
+    return _Repair(analysis, selection).run()
+
+
+class _Repair:
+    def __init__(self, analysis: Analysis, selection: Selection) -> None:
+        self.analysis = analysis
+        self.graph = analysis.graph
+        self.selection = selection
+        self.changed = 0
+        self.constants: dict[tuple[int, ...], ir.Value] = {}
+
+    def run(self) -> int:
+        for node in list(self.graph):
+            slots = _SLOTS.get(node.op_type) if not node.domain else None
+            handled = slots(self, node) if slots is not None else set()
+            self._freeze_data(node, handled)
+        self._repair_attributes()
+        self._repair_declared()
+        return self.changed
+
+    # --- sizes
+
+    def dims(self, value: ir.Value | None) -> list[Dim] | None:
+        return None if value is None else self.analysis.values.get(value)
+
+    def input_dims(self, node: ir.Node, index: int) -> list[Dim] | None:
+        return self.analysis.input_dims(node, index)
+
+    def new(self, dim: Dim) -> Size:
+        return self.selection.size(dim)
+
+    def differs(self, dim: Dim) -> bool:
+        return self.selection.touches(dim)
+
+    # --- values
+
+    def rewrite(
+        self, node: ir.Node, index: int, axes: Sequence[Dim | None], marker: int | None = None
+    ) -> None:
+        """Makes an integer input state the new sizes of `axes`.
+
+        Entries that are right stay, as do the literal `marker` and entries that the cut does not reach:
+        neither the axis nor what the graph computes for it changed. `None` leaves an entry alone.
+        """
+        sizes = [None if dim is None else (size_of(dim), self.new(dim)) for dim in axes]
+        self.replace_entries(node, index, sizes, marker)
+
+    def replace_entries(
+        self,
+        node: ir.Node,
+        index: int,
+        sizes: Sequence[tuple[Size, Size] | None],
+        marker: int | None = None,
+    ) -> None:
+        """As `rewrite`, for given (old, new) values of each entry."""
+        value = node.inputs[index]
+        assert value is not None
+        contents = self.analysis.contents.get(value)
+        if contents is None:
+            raise AssertionError(f"{label(node)}: nothing is known of input {index}")
+        before = [evaluate(entry, size_of) for entry in contents.flat]
+        now = [evaluate(entry, self.new) for entry in contents.flat]
+        wrong = []
+        for position, (was, have, size) in enumerate(zip(before, now, sizes, strict=True)):
+            if size is None or have is None or have in (size[1], marker):
+                continue
+            if was != have or size[0] != size[1]:
+                wrong.append(position)
+        if not wrong:
+            return
+        replacements = {position: size[1] for position, size in enumerate(sizes) if position in wrong and size}
+        node.replace_input_with(index, self._patched(node, value, contents, now, replacements))
+        self.changed += 1
+
+    def _patched(
+        self,
+        node: ir.Node,
+        value: ir.Value,
+        contents: Contents,
+        now: list[Size | None],
+        replacements: Mapping[int, Size],
+    ) -> ir.Value:
+        known = [replacements.get(position, size) for position, size in enumerate(now)]
+        numbers = [size for size in known if isinstance(size, int)]
+        if len(numbers) == len(known):
+            return self.constant(numbers, scalar=contents.ndim == 0)
+        pieces: list[ir.Value] = []
+        position = 0
+        while position < len(known):
+            if position in replacements:
+                pieces.append(self._replacement(node, value, position, now[position], replacements[position]))
+                position += 1
+                continue
+            end = next((p for p in range(position, len(known)) if p in replacements), len(known))
+            pieces.append(self._window(node, value, position, end))
+            position = end
+        return pieces[0] if len(pieces) == 1 else self._insert(node, "Concat", pieces, {"axis": 0})
+
+    def _replacement(
+        self, node: ir.Node, value: ir.Value, position: int, now: Size | None, wanted: Size | None
+    ) -> ir.Value:
+        """A wrong entry: a number, or the runtime entry times a ratio of numbers."""
+        if isinstance(wanted, int):
+            return self.constant([wanted])
+        ratio = _ratio(wanted, now)
+        if ratio is None:
+            raise AssertionError(f"{label(node)}: entry {position} became {wanted} from {now}")
+        entry = self._window(node, value, position, position + 1)
+        grown = self._insert(node, "Mul", [entry, self.constant([ratio[0]])])
+        return self._insert(node, "Div", [grown, self.constant([ratio[1]])])
+
+    def _window(self, node: ir.Node, value: ir.Value, start: int, end: int) -> ir.Value:
+        bounds = [self.constant([start]), self.constant([end]), self.constant([0])]
+        if self.analysis.opset("") < 10:
+            raise UserError("cannot repair computed shapes below opset 10: convert the model to opset 11 or newer")
+        return self._insert(node, "Slice", [value, *bounds])
+
+    def _insert(
+        self, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None
+    ) -> ir.Value:
+        created = ir.node(op_type, inputs, attributes or {})
+        output = created.outputs[0]
+        output.dtype = ir.DataType.INT64
+        self.graph.insert_before(before, created)
+        return output
+
+    def constant(self, numbers: Sequence[int], *, scalar: bool = False) -> ir.Value:
+        """An int64 initializer, shared between equal uses of one repair."""
+        key = (int(scalar), *numbers)
+        if key not in self.constants:
+            array = np.array(numbers[0] if scalar else numbers, dtype=np.int64)
+            name = f"cut_shape_{len(self.constants)}"
+            while name in self.graph.initializers:
+                name += "_"
+            value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+            value.shape, value.dtype = ir.Shape(list(array.shape)), ir.DataType.INT64
+            self.graph.register_initializer(value)
+            self.constants[key] = value
+        return self.constants[key]
+
+    # --- integer values that are used as data keep the source's value
+
+    def _freeze_data(self, node: ir.Node, handled: set[int]) -> None:
+        if any(output in self.analysis.contents for output in node.outputs):
+            return
+        for index, value in enumerate(node.inputs):
+            if index in handled or value is None or value not in self.analysis.contents:
+                continue
+            contents = self.analysis.contents[value]
+            before = [evaluate(entry, size_of) for entry in contents.flat]
+            after = [evaluate(entry, self.new) for entry in contents.flat]
+            if before == after or contents.ndim > 1:
+                continue
+            shown = self.constants_like(value, contents, before)
+            if shown is not None:
+                node.replace_input_with(index, shown)
+                self.changed += 1
+
+    def constants_like(
+        self, value: ir.Value, contents: Contents, sizes: list[Size | None]
+    ) -> ir.Value | None:
+        """A constant of the source's numbers in the type of the value; None if a size is symbolic."""
+        numbers = [size for size in sizes if isinstance(size, int)]
+        if len(numbers) != len(sizes):
+            raise AssertionError(f"{value.name} is used as data and follows an axis that was cut")
+        if value.dtype in (None, ir.DataType.INT64):
+            return self.constant(numbers, scalar=contents.ndim == 0)
+        assert value.dtype is not None
+        array = np.array(numbers, dtype=value.dtype.numpy()).reshape(contents.shape)
+        name = f"{value.name}_kept"
+        if name not in self.graph.initializers:
+            frozen = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
+            frozen.shape, frozen.dtype = ir.Shape(list(array.shape)), value.dtype
+            self.graph.register_initializer(frozen)
+        return self.graph.initializers[name]
+
+    # --- attributes and declarations
+
+    def _repair_attributes(self) -> None:
+        for counted in self.analysis.counted:
+            size = self.new(counted.dim)
+            if isinstance(size, int) and size != size_of(counted.dim):
+                counted.node.attributes[counted.name] = ir.AttrInt64(counted.name, size)
+                self.changed += 1
+        for defaulted in self.analysis.defaulted:
+            if self.differs(defaulted.dim):
+                attribute = ir.AttrFloat32(defaulted.name, defaulted.value)
+                defaulted.node.attributes[defaulted.name] = attribute
+                self.changed += 1
+
+    def _repair_declared(self) -> None:
+        """Declared shapes of inputs, outputs and intermediate values."""
+        for value, dims in self.analysis.values.items():
+            if dims is None or value.shape is None or value.is_initializer():
+                continue
+            if len(value.shape) != len(dims) or not any(self.differs(dim) for dim in dims):
+                continue
+            shape = [
+                self.new(dim) if self.differs(dim) else size for size, dim in zip(value.shape, dims, strict=True)
+            ]
+            value.shape = ir.Shape([size if isinstance(size, int | ir.SymbolicDim) else None for size in shape])
+
+
+def _ratio(wanted: Size | None, now: Size | None) -> tuple[int, int] | None:
+    """`wanted / now` as two numbers, where both have the same symbols."""
+    if wanted is None or now is None:
+        return None
+    for denominator in range(1, 4097):
+        grown = exact_div(wanted if denominator == 1 else mul(wanted, denominator), now)
+        if isinstance(grown, int):
+            return grown, denominator
+    return None
+
+
+# --- one function per operator with size-stating inputs; each returns the inputs it took care of
+
+
+def _reshape(repair: _Repair, node: ir.Node) -> set[int]:
+    if len(node.inputs) < 2:
+        return set()
+    outputs, inputs = repair.dims(node.outputs[0]), repair.input_dims(node, 0)
+    contents = repair.analysis.contents.get(node.inputs[1])  # type: ignore[arg-type]
+    if outputs is None or inputs is None or contents is None:
+        return {1}
+    allow = node.attributes.get("allowzero")
+    copies = allow is None or allow.as_int() == 0
+    wanted: list[Dim | None] = []
+    for axis, (entry, dim) in enumerate(zip(contents.flat, outputs, strict=True)):
+        is_copy = copies and entry == 0 and axis < len(inputs) and repair.new(inputs[axis]) == repair.new(dim)
+        is_marker = isinstance(entry, int) and entry == -1
+        wanted.append(None if is_copy or is_marker else dim)
+    repair.rewrite(node, 1, wanted)
+    return {1}
+
+
+def _expand(repair: _Repair, node: ir.Node) -> set[int]:
+    outputs = repair.dims(node.outputs[0])
+    contents = repair.analysis.contents.get(node.inputs[1])  # type: ignore[arg-type]
+    if outputs is None or contents is None:
+        return {1}
+    repair.rewrite(node, 1, outputs[len(outputs) - contents.size :], marker=1)
+    return {1}
+
+
+def _constant_of_shape(repair: _Repair, node: ir.Node) -> set[int]:
+    outputs = repair.dims(node.outputs[0])
+    if outputs is not None and node.inputs[0] in repair.analysis.contents:
+        repair.rewrite(node, 0, outputs)
+    return {0}
+
+
+def _tile(repair: _Repair, node: ir.Node) -> set[int]:
+    inputs, outputs = repair.input_dims(node, 0), repair.dims(node.outputs[0])
+    if inputs is not None and outputs is not None and node.inputs[1] in repair.analysis.contents:
+        repeats = [resolve(b)[: len(resolve(b)) - len(resolve(a))] for a, b in zip(inputs, outputs, strict=True)]
+        repair.rewrite(node, 1, repeats)
+    return {1}
+
+
+def _split(repair: _Repair, node: ir.Node) -> set[int]:
+    dims = repair.input_dims(node, 0)
+    parts = [repair.dims(output) for output in node.outputs]
+    if dims is None or any(part is None for part in parts):
+        return {1}
+    axis = node.attributes["axis"].as_int() % len(dims) if "axis" in node.attributes else 0
+    cut = [part[axis] for part in parts if part is not None]
+    if not any(repair.differs(part) for part in cut):
+        return {1}
+    sizes = [repair.new(part) for part in cut]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    assert len(numbers) == len(sizes)
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        repair.rewrite(node, 1, cut)
+    elif "split" in node.attributes:
+        node.attributes["split"] = ir.AttrInt64s("split", numbers)
+        repair.changed += 1
+    elif numbers != _chunks(sum(numbers), len(numbers)):
+        if repair.analysis.opset("") < 13:
+            node.attributes["split"] = ir.AttrInt64s("split", numbers)
+        else:
+            node.attributes.pop("num_outputs", None)
+            node.resize_inputs(2)
+            node.replace_input_with(1, repair.constant(numbers))
+        repair.changed += 1
+    return {1}
+
+
+def _chunks(total: int, count: int) -> list[int]:
+    size = -(-total // count)
+    return [min(size, total - size * index) for index in range(count)]
+
+
+def _split_to_sequence(repair: _Repair, node: ir.Node) -> set[int]:
+    parts = repair.analysis.sequences.get(node.outputs[0])
+    dims = repair.input_dims(node, 0)
+    if parts is None or dims is None or len(node.inputs) < 2:
+        return {1}
+    axis = node.attributes["axis"].as_int() % len(dims) if "axis" in node.attributes else 0
+    sizes = [repair.new(part[axis]) for part in parts]
+    contents = repair.analysis.contents[node.inputs[1]]  # type: ignore[index]
+    if contents.ndim == 1:
+        repair.rewrite(node, 1, [part[axis] for part in parts])
+        return {1}
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if not any(repair.differs(part[axis]) for part in parts):
+        return {1}
+    # A scalar chunk size serves parts of one size only; a list serves all.
+    if numbers == _chunks(sum(numbers), len(numbers)):
+        repair.rewrite(node, 1, [parts[0][axis]])
+    else:
+        node.replace_input_with(1, repair.constant(numbers))
+        repair.changed += 1
+    return {1}
+
+
+def _slice(repair: _Repair, node: ir.Node) -> set[int]:
+    dims, outputs = repair.input_dims(node, 0), repair.dims(node.outputs[0])
+    if dims is None or outputs is None or not any(repair.differs(dim) for dim in dims):
+        return {1, 2, 3, 4}
+    bounds = _Bounds.read(repair, node, len(dims))
+    if bounds is None:
+        return {1, 2, 3, 4}
+    starts: list[Size | None] = list(bounds.starts)
+    ends: list[Size | None] = list(bounds.ends)
+    for position, axis in enumerate(bounds.axes):
+        if not repair.differs(dims[axis]):
+            starts[position] = ends[position] = None
+            continue
+        begin, end, step = bounds.starts[position], bounds.ends[position], bounds.steps[position]
+        size = size_of(dims[axis])
+        assert isinstance(size, int) and isinstance(begin, int) and isinstance(end, int)
+        first, last, _ = slice(begin, end, step).indices(size)
+        kept = _plain_indices(repair.selection, dims, axis)
+        block = first - first % step
+        start = int(np.searchsorted(kept, block)) + first % step
+        count = repair.new(outputs[axis])
+        assert isinstance(count, int)
+        stop = start + (count - 1) * step + 1
+        length = repair.new(dims[axis])
+        assert isinstance(length, int)
+        # Bounds that still say the same on the shorter axis stay as they are.
+        if slice(begin, end, step).indices(length) == slice(start, stop, step).indices(length) or list(
+            range(length)[begin:end:step]
+        ) == list(range(length)[start:stop:step]):
+            starts[position] = ends[position] = None
+        else:
+            starts[position], ends[position] = start, stop
+    bounds.write(repair, node, starts, ends)
+    return {1, 2, 3, 4}
+
+
+class _Bounds:
+    """Starts, ends, axes and steps of a Slice, from attributes (opset 9) or inputs."""
+
+    def __init__(
+        self, starts: list[Size | None], ends: list[Size | None], axes: list[int], steps: list[int]
+    ) -> None:
+        self.starts, self.ends, self.axes, self.steps = starts, ends, axes, steps
+
+    @classmethod
+    def read(cls, repair: _Repair, node: ir.Node, rank: int) -> _Bounds | None:
+        if "starts" in node.attributes:
+            starts = list(node.attributes["starts"].as_ints())
+            ends = list(node.attributes["ends"].as_ints())
+            given = node.attributes.get("axes")
+            axes = list(given.as_ints()) if given is not None else list(range(len(starts)))
+            return cls(list(starts), list(ends), [axis % rank for axis in axes], [1] * len(starts))
+        rows = [_source_numbers(repair, node, index) for index in range(1, 5)]
+        if rows[0] is None or rows[1] is None:
+            return None
+        axes = [axis % rank for axis in rows[2] or range(len(rows[0])) if isinstance(axis, int)]
+        steps = [step for step in rows[3] or [1] * len(rows[0]) if isinstance(step, int)]
+        return cls(rows[0], rows[1], axes, steps)
+
+    def write(
+        self, repair: _Repair, node: ir.Node, starts: list[Size | None], ends: list[Size | None]
+    ) -> None:
+        if "starts" not in node.attributes:
+            for index, old, new in ((1, self.starts, starts), (2, self.ends, ends)):
+                pairs = [None if a is None or b is None else (a, b) for a, b in zip(old, new, strict=True)]
+                repair.replace_entries(node, index, pairs)
+            return
+        for name, old, new in (("starts", self.starts, starts), ("ends", self.ends, ends)):
+            merged = [b if b is not None else a for a, b in zip(old, new, strict=True)]
+            if merged != old:
+                node.attributes[name] = ir.AttrInt64s(name, [int(size) for size in merged])  # type: ignore[arg-type]
+                repair.changed += 1
+
+
+def _source_numbers(repair: _Repair, node: ir.Node, index: int) -> list[Size | None] | None:
+    if index >= len(node.inputs) or node.inputs[index] is None:
+        return None
+    contents = repair.analysis.contents.get(node.inputs[index])  # type: ignore[arg-type]
+    return None if contents is None else [evaluate(entry, size_of) for entry in contents.flat]
+
+
+def _plain_indices(selection: Selection, dims: Sequence[Dim], axis: int) -> np.ndarray:
+    """Kept indices of an axis; where they vary with another axis, those of its first index.
+
+    Positions of cuts do not depend on which row is taken: counts are equal in every row.
+    """
+    kept, _ = selection.indices(dims, axis)
+    return kept if kept.ndim == 1 else kept[0]
+
+
+def _gather(repair: _Repair, node: ir.Node) -> set[int]:
+    dims, indices = repair.input_dims(node, 0), _source_numbers(repair, node, 1)
+    outputs = repair.dims(node.outputs[0])
+    if dims is None or outputs is None or indices is None:
+        return set()
+    axis = node.attributes["axis"].as_int() % len(dims) if "axis" in node.attributes else 0
+    if not repair.differs(dims[axis]):
+        return set()
+    kept = _plain_indices(repair.selection, dims, axis)
+    contents = repair.analysis.contents[node.inputs[1]]  # type: ignore[index]
+    size = size_of(dims[axis])
+    assert isinstance(size, int)
+    source = [int(index) % size for index in indices]  # type: ignore[arg-type]
+    stays = range(len(source))
+    if contents.ndim == 1 and repair.differs(outputs[axis]):
+        stays = _plain_indices(repair.selection, outputs, axis)  # type: ignore[assignment]
+    moved = [int(np.searchsorted(kept, source[index])) for index in stays]
+    if moved != [int(index) for index in indices]:  # type: ignore[arg-type]
+        node.replace_input_with(1, repair.constant(moved, scalar=contents.ndim == 0))
+        repair.changed += 1
+    return {1}
+
+
+_SLOTS: dict[str, Callable[[_Repair, ir.Node], set[int]]] = {
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "ConstantOfShape": _constant_of_shape,
+    "Tile": _tile,
+    "Split": _split,
+    "SplitToSequence": _split_to_sequence,
+    "Slice": _slice,
+    "Gather": _gather,
+}
