@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from onnx_autoglm.errors import CheckFailed, UserError
 
-__all__ = ["CheckFailed", "UserError"]
+if TYPE_CHECKING:
+    from onnx_autoglm.options import Options
+    from onnx_autoglm.pipeline import check, inspect, optimize
+    from onnx_autoglm.report import Inspection, Report
+
+    __version__: str
+
+__all__ = ["CheckFailed", "Inspection", "Options", "Report", "UserError", "check", "inspect", "optimize"]
+
+_HOMES = {
+    "check": "onnx_autoglm.pipeline",
+    "inspect": "onnx_autoglm.pipeline",
+    "optimize": "onnx_autoglm.pipeline",
+    "Options": "onnx_autoglm.options",
+    "Inspection": "onnx_autoglm.report",
+    "Report": "onnx_autoglm.report",
+}
 
 
-def __getattr__(name: str) -> str:
-    # Reading the installed metadata takes a few milliseconds that most imports do not need.
+def __getattr__(name: str) -> Any:
+    """Imports on first use: `onnx-autoglm --help` must not wait for onnx and numpy."""
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

@@ -99,5 +99,8 @@ def cut_arrays(arrays: dict[str, np.ndarray], cuts: list[dict[str, Any]]) -> dic
 
 def sha256(path: Path) -> str:
     """The hash of a file, read in pieces."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.errors import UserError
+from onnx_autoglm.upcast import Float32Tensor
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 EMBED_BYTES = 4096  # smaller tensors travel inside the model
+CAST_BYTES = 512 << 20  # larger float32 weights should not be in memory as a whole
 ALIGNMENT = 4096
 MESSAGE_LENGTH = 300
 RELATIVE_FLOOR = 1e-6
@@ -60,8 +62,10 @@ class Session:
         import onnxruntime
 
         options = _session_options(optimize, threads)
-        with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder:
-            skeleton, root = _skeleton(model, Path(folder) / "weights")
+        with tempfile.TemporaryDirectory(
+            prefix="onnx-autoglm-", dir=scratch, ignore_cleanup_errors=True
+        ) as folder:
+            skeleton, root = _skeleton(model, Path(folder) / "weights", cast_when_run=not optimize)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
             try:
                 self._session = onnxruntime.InferenceSession(
@@ -176,12 +180,14 @@ def _session_options(optimize: bool, threads: int | None) -> "onnxruntime.Sessio
     return options
 
 
-def _skeleton(model: ir.Model, spill: Path) -> tuple[bytes, str]:
+def _skeleton(model: ir.Model, spill: Path, *, cast_when_run: bool) -> tuple[bytes, str]:
     """The serialized model with every large tensor as external data, and the folder its locations start from.
 
     Tensors that lie in no file are written to `spill`.
     """
     copy = model.clone()
+    if cast_when_run:
+        _cast_when_run(copy.graph)
     _delay_weight_work(copy.graph)
     placer = _Placer(_tensors(copy), spill)
     for value in _initializers(copy):
@@ -190,6 +196,31 @@ def _skeleton(model: ir.Model, spill: Path) -> tuple[bytes, str]:
     for node, name, tensor in _attribute_tensors(copy):
         node.attributes[name] = ir.AttrTensor(name, placer.place(tensor))
     return ir.serde.serialize_model(copy).SerializeToString(), placer.root
+
+
+def _cast_when_run(graph: ir.Graph) -> None:
+    """Let ONNX Runtime upcast 16-bit weights from their file, one at a time, instead of writing them out."""
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if (
+            not isinstance(tensor, Float32Tensor)
+            or not isinstance(tensor.source, ir.ExternalTensor)
+            or not EMBED_BYTES <= tensor.nbytes <= CAST_BYTES
+            or value.is_graph_input()
+            or value.is_graph_output()
+        ):
+            continue
+        source, name = tensor.source, value.name
+        half = ir.Value(
+            name=f"{name}/16-bit", type=ir.TensorType(source.dtype), shape=tensor.shape, const_value=source
+        )
+        cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)})
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        graph.initializers.pop(value.name or "")
+        graph.register_initializer(half)
+        cast.outputs[0].name = name
+        cast.outputs[0].type, cast.outputs[0].shape = value.type, tensor.shape
+        graph.insert_before(graph[0], cast)
 
 
 def _initializers(model: ir.Model) -> list[ir.Value]:

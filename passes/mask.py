@@ -37,7 +37,9 @@ def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[di
     for (name, users), cuts in grouped.items():
         source = model.graph.initializers.get(name)
         if source is None or source.const_value is None:
-            raise UserError(f"the plan cuts {name!r}, which the source does not hold: is it the right source?")
+            raise UserError(
+                f"the plan cuts {name!r}, which the source does not hold: is it the right source?"
+            )
         nodes = [_consumer(consumers, user) for user in users]
         _mask_initializer(model.graph, source, nodes, cuts)
     for entry in lossy:
@@ -47,7 +49,9 @@ def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[di
 
 def _consumer(consumers: dict[str | None, ir.Node], name: str) -> ir.Node:
     if name not in consumers:
-        raise UserError(f"the plan names {name!r}, which the source does not compute: is it the right source?")
+        raise UserError(
+            f"the plan names {name!r}, which the source does not compute: is it the right source?"
+        )
     return consumers[name]
 
 
@@ -56,7 +60,7 @@ def _mask_initializer(
 ) -> None:
     tensor = source.const_value
     assert tensor is not None
-    keep = keep_mask(tuple(int(size) for size in tensor.shape), cuts)
+    keep = keep_mask(tensor.shape.numpy(), cuts)
     name = f"{source.name}_masked_{len(graph.initializers)}"
     if tensor.nbytes <= _IN_MEMORY_BYTES or not tensor.dtype.is_floating_point():
         array = np.where(keep, tensor.numpy(), np.zeros((), dtype=tensor.dtype.numpy()))
@@ -69,7 +73,7 @@ def _mask_initializer(
         graph.register_initializer(factor)
         product = ir.node("Mul", [source, factor])
         masked = product.outputs[0]
-        masked.dtype, masked.shape = tensor.dtype, ir.Shape(list(tensor.shape))
+        masked.dtype, masked.shape = tensor.dtype, ir.Shape(tensor.shape.numpy())
         graph.insert_before(min(nodes, key=graph.index) if len(nodes) > 1 else nodes[0], product)
     for node in nodes:
         for index, value in enumerate(node.inputs):
@@ -114,9 +118,7 @@ def lossy_entries(analysis: Analysis, selection: Selection) -> list[dict[str, An
         seen.add(node)
         entry: dict[str, Any] = {"consumer": next(output.name for output in node.outputs if output.name)}
         entry["how"] = "gather" if pin.kind == PinKind.NORM else "exclude"
-        entry["inputs"] = _axes(
-            selection, {i: analysis.input_dims(node, i) for i in range(len(node.inputs))}
-        )
+        entry["inputs"] = _axes(selection, {i: analysis.input_dims(node, i) for i in range(len(node.inputs))})
         entry["outputs"] = _axes(
             selection, {i: analysis.values.get(output) for i, output in enumerate(node.outputs)}
         )
@@ -129,7 +131,12 @@ _SELECTING = frozenset("Softmax LogSoftmax Hardmax TopK ArgMax ArgMin".split())
 
 def _axes(selection: Selection, values: dict[int, Any]) -> list[dict[str, Any]]:
     return [
-        {"index": index, "axis": axis, "kept": selection.indices(dims, axis)[0].tolist(), "size": size_of(dim)}
+        {
+            "index": index,
+            "axis": axis,
+            "kept": selection.indices(dims, axis)[0].tolist(),
+            "size": size_of(dim),
+        }
         for index, dims in values.items()
         for axis, dim in enumerate(dims or [])
         if selection.touches(dim)
@@ -202,7 +209,9 @@ def _initializer(graph: ir.Graph, array: np.ndarray) -> ir.Value:
     return value
 
 
-def _add(graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+def _add(
+    graph: ir.Graph, before: ir.Node, op_type: str, inputs: list[ir.Value], **attributes: int
+) -> ir.Value:
     created = ir.node(op_type, inputs, attributes)
     _set_type(created.outputs[0], inputs[-1] if op_type == "Where" else inputs[0])
     graph.insert_before(before, created)

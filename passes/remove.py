@@ -99,7 +99,7 @@ def _cut_value(
     outer = {cut.axis: cut.outer_axis for cut in cuts if cut.outer_axis is not None}
     tensor = SlicedTensor(source, kept, outer, name=target.name)
     target.const_value = tensor
-    target.shape = ir.Shape(list(tensor.shape))
+    target.shape = ir.Shape(tensor.shape.numpy())
     if not in_place:
         graph.register_initializer(target)
     return target

@@ -7,18 +7,18 @@ alone; where it does not, only the entries that are wrong are replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from onnx_autoglm.axes.analysis import Analysis
-from onnx_autoglm.axes.contents import Contents, evaluate
+from onnx_autoglm.axes.contents import evaluate
 from onnx_autoglm.axes.dims import Dim, resolve, size_of
-from onnx_autoglm.axes.facts import label
 from onnx_autoglm.axes.selection import Selection
-from onnx_autoglm.axes.size import Size, exact_div, mul
-from onnx_autoglm.errors import UserError
+from onnx_autoglm.axes.size import Size
+from onnx_autoglm.passes.edit_shapes import ShapeEditor
 
 
 def repair_shapes(analysis: Analysis, selection: Selection) -> int:
@@ -31,8 +31,8 @@ class _Repair:
         self.analysis = analysis
         self.graph = analysis.graph
         self.selection = selection
+        self.editor = ShapeEditor(analysis, selection)
         self.changed = 0
-        self.constants: dict[tuple[int, ...], ir.Value] = {}
 
     def run(self) -> int:
         for node in list(self.graph):
@@ -41,7 +41,8 @@ class _Repair:
             self._freeze_data(node, handled)
         self._repair_attributes()
         self._repair_declared()
-        return self.changed
+        common.RemoveUnusedNodesPass()(self.analysis.model)
+        return self.changed + self.editor.changed
 
     # --- sizes
 
@@ -59,110 +60,6 @@ class _Repair:
 
     # --- values
 
-    def rewrite(
-        self, node: ir.Node, index: int, axes: Sequence[Dim | None], marker: int | None = None
-    ) -> None:
-        """Makes an integer input state the new sizes of `axes`.
-
-        Entries that are right stay, as do the literal `marker` and entries that the cut does not reach:
-        neither the axis nor what the graph computes for it changed. `None` leaves an entry alone.
-        """
-        sizes = [None if dim is None else (size_of(dim), self.new(dim)) for dim in axes]
-        self.replace_entries(node, index, sizes, marker)
-
-    def replace_entries(
-        self,
-        node: ir.Node,
-        index: int,
-        sizes: Sequence[tuple[Size, Size] | None],
-        marker: int | None = None,
-    ) -> None:
-        """As `rewrite`, for given (old, new) values of each entry."""
-        value = node.inputs[index]
-        assert value is not None
-        contents = self.analysis.contents.get(value)
-        if contents is None:
-            raise AssertionError(f"{label(node)}: nothing is known of input {index}")
-        before = [evaluate(entry, size_of) for entry in contents.flat]
-        now = [evaluate(entry, self.new) for entry in contents.flat]
-        wrong = []
-        for position, (was, have, size) in enumerate(zip(before, now, sizes, strict=True)):
-            if size is None or have is None or have in (size[1], marker):
-                continue
-            if was != have or size[0] != size[1]:
-                wrong.append(position)
-        if not wrong:
-            return
-        replacements = {position: size[1] for position, size in enumerate(sizes) if position in wrong and size}
-        node.replace_input_with(index, self._patched(node, value, contents, now, replacements))
-        self.changed += 1
-
-    def _patched(
-        self,
-        node: ir.Node,
-        value: ir.Value,
-        contents: Contents,
-        now: list[Size | None],
-        replacements: Mapping[int, Size],
-    ) -> ir.Value:
-        known = [replacements.get(position, size) for position, size in enumerate(now)]
-        numbers = [size for size in known if isinstance(size, int)]
-        if len(numbers) == len(known):
-            return self.constant(numbers, scalar=contents.ndim == 0)
-        pieces: list[ir.Value] = []
-        position = 0
-        while position < len(known):
-            if position in replacements:
-                pieces.append(self._replacement(node, value, position, now[position], replacements[position]))
-                position += 1
-                continue
-            end = next((p for p in range(position, len(known)) if p in replacements), len(known))
-            pieces.append(self._window(node, value, position, end))
-            position = end
-        return pieces[0] if len(pieces) == 1 else self._insert(node, "Concat", pieces, {"axis": 0})
-
-    def _replacement(
-        self, node: ir.Node, value: ir.Value, position: int, now: Size | None, wanted: Size | None
-    ) -> ir.Value:
-        """A wrong entry: a number, or the runtime entry times a ratio of numbers."""
-        if isinstance(wanted, int):
-            return self.constant([wanted])
-        ratio = _ratio(wanted, now)
-        if ratio is None:
-            raise AssertionError(f"{label(node)}: entry {position} became {wanted} from {now}")
-        entry = self._window(node, value, position, position + 1)
-        grown = self._insert(node, "Mul", [entry, self.constant([ratio[0]])])
-        return self._insert(node, "Div", [grown, self.constant([ratio[1]])])
-
-    def _window(self, node: ir.Node, value: ir.Value, start: int, end: int) -> ir.Value:
-        bounds = [self.constant([start]), self.constant([end]), self.constant([0])]
-        if self.analysis.opset("") < 10:
-            raise UserError("cannot repair computed shapes below opset 10: convert the model to opset 11 or newer")
-        return self._insert(node, "Slice", [value, *bounds])
-
-    def _insert(
-        self, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int] | None = None
-    ) -> ir.Value:
-        created = ir.node(op_type, inputs, attributes or {})
-        output = created.outputs[0]
-        output.dtype = ir.DataType.INT64
-        self.graph.insert_before(before, created)
-        return output
-
-    def constant(self, numbers: Sequence[int], *, scalar: bool = False) -> ir.Value:
-        """An int64 initializer, shared between equal uses of one repair."""
-        key = (int(scalar), *numbers)
-        if key not in self.constants:
-            array = np.array(numbers[0] if scalar else numbers, dtype=np.int64)
-            name = f"cut_shape_{len(self.constants)}"
-            while name in self.graph.initializers:
-                name += "_"
-            value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-            value.shape, value.dtype = ir.Shape(list(array.shape)), ir.DataType.INT64
-            self.graph.register_initializer(value)
-            self.constants[key] = value
-        return self.constants[key]
-
     # --- integer values that are used as data keep the source's value
 
     def _freeze_data(self, node: ir.Node, handled: set[int]) -> None:
@@ -176,28 +73,10 @@ class _Repair:
             after = [evaluate(entry, self.new) for entry in contents.flat]
             if before == after or contents.ndim > 1:
                 continue
-            shown = self.constants_like(value, contents, before)
-            if shown is not None:
-                node.replace_input_with(index, shown)
-                self.changed += 1
-
-    def constants_like(
-        self, value: ir.Value, contents: Contents, sizes: list[Size | None]
-    ) -> ir.Value | None:
-        """A constant of the source's numbers in the type of the value; None if a size is symbolic."""
-        numbers = [size for size in sizes if isinstance(size, int)]
-        if len(numbers) != len(sizes):
-            raise AssertionError(f"{value.name} is used as data and follows an axis that was cut")
-        if value.dtype in (None, ir.DataType.INT64):
-            return self.constant(numbers, scalar=contents.ndim == 0)
-        assert value.dtype is not None
-        array = np.array(numbers, dtype=value.dtype.numpy()).reshape(contents.shape)
-        name = f"{value.name}_kept"
-        if name not in self.graph.initializers:
-            frozen = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-            frozen.shape, frozen.dtype = ir.Shape(list(array.shape)), value.dtype
-            self.graph.register_initializer(frozen)
-        return self.graph.initializers[name]
+            numbers = [size for size in before if isinstance(size, int)]
+            if len(numbers) != len(before):
+                raise AssertionError(f"{value.name} is used as data and follows an axis that was cut")
+            self.editor.set_constant(node, index, numbers, scalar=contents.ndim == 0)
 
     # --- attributes and declarations
 
@@ -221,20 +100,12 @@ class _Repair:
             if len(value.shape) != len(dims) or not any(self.differs(dim) for dim in dims):
                 continue
             shape = [
-                self.new(dim) if self.differs(dim) else size for size, dim in zip(value.shape, dims, strict=True)
+                self.new(dim) if self.differs(dim) else size
+                for size, dim in zip(value.shape, dims, strict=True)
             ]
-            value.shape = ir.Shape([size if isinstance(size, int | ir.SymbolicDim) else None for size in shape])
-
-
-def _ratio(wanted: Size | None, now: Size | None) -> tuple[int, int] | None:
-    """`wanted / now` as two numbers, where both have the same symbols."""
-    if wanted is None or now is None:
-        return None
-    for denominator in range(1, 4097):
-        grown = exact_div(wanted if denominator == 1 else mul(wanted, denominator), now)
-        if isinstance(grown, int):
-            return grown, denominator
-    return None
+            value.shape = ir.Shape(
+                [size if isinstance(size, int | ir.SymbolicDim) else None for size in shape]
+            )
 
 
 # --- one function per operator with size-stating inputs; each returns the inputs it took care of
@@ -254,7 +125,7 @@ def _reshape(repair: _Repair, node: ir.Node) -> set[int]:
         is_copy = copies and entry == 0 and axis < len(inputs) and repair.new(inputs[axis]) == repair.new(dim)
         is_marker = isinstance(entry, int) and entry == -1
         wanted.append(None if is_copy or is_marker else dim)
-    repair.rewrite(node, 1, wanted)
+    repair.editor.rewrite(node, 1, wanted)
     return {1}
 
 
@@ -263,22 +134,24 @@ def _expand(repair: _Repair, node: ir.Node) -> set[int]:
     contents = repair.analysis.contents.get(node.inputs[1])  # type: ignore[arg-type]
     if outputs is None or contents is None:
         return {1}
-    repair.rewrite(node, 1, outputs[len(outputs) - contents.size :], marker=1)
+    repair.editor.rewrite(node, 1, outputs[len(outputs) - contents.size :], marker=1)
     return {1}
 
 
 def _constant_of_shape(repair: _Repair, node: ir.Node) -> set[int]:
     outputs = repair.dims(node.outputs[0])
     if outputs is not None and node.inputs[0] in repair.analysis.contents:
-        repair.rewrite(node, 0, outputs)
+        repair.editor.rewrite(node, 0, outputs)
     return {0}
 
 
 def _tile(repair: _Repair, node: ir.Node) -> set[int]:
     inputs, outputs = repair.input_dims(node, 0), repair.dims(node.outputs[0])
     if inputs is not None and outputs is not None and node.inputs[1] in repair.analysis.contents:
-        repeats = [resolve(b)[: len(resolve(b)) - len(resolve(a))] for a, b in zip(inputs, outputs, strict=True)]
-        repair.rewrite(node, 1, repeats)
+        repeats = [
+            resolve(b)[: len(resolve(b)) - len(resolve(a))] for a, b in zip(inputs, outputs, strict=True)
+        ]
+        repair.editor.rewrite(node, 1, repeats)
     return {1}
 
 
@@ -295,7 +168,7 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
     numbers = [size for size in sizes if isinstance(size, int)]
     assert len(numbers) == len(sizes)
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        repair.rewrite(node, 1, cut)
+        repair.editor.rewrite(node, 1, cut)
     elif "split" in node.attributes:
         node.attributes["split"] = ir.AttrInt64s("split", numbers)
         repair.changed += 1
@@ -304,8 +177,7 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
             node.attributes["split"] = ir.AttrInt64s("split", numbers)
         else:
             node.attributes.pop("num_outputs", None)
-            node.resize_inputs(2)
-            node.replace_input_with(1, repair.constant(numbers))
+            repair.editor.set_constant(node, 1, numbers)
         repair.changed += 1
     return {1}
 
@@ -324,17 +196,16 @@ def _split_to_sequence(repair: _Repair, node: ir.Node) -> set[int]:
     sizes = [repair.new(part[axis]) for part in parts]
     contents = repair.analysis.contents[node.inputs[1]]  # type: ignore[index]
     if contents.ndim == 1:
-        repair.rewrite(node, 1, [part[axis] for part in parts])
+        repair.editor.rewrite(node, 1, [part[axis] for part in parts])
         return {1}
     numbers = [size for size in sizes if isinstance(size, int)]
     if not any(repair.differs(part[axis]) for part in parts):
         return {1}
     # A scalar chunk size serves parts of one size only; a list serves all.
     if numbers == _chunks(sum(numbers), len(numbers)):
-        repair.rewrite(node, 1, [parts[0][axis]])
+        repair.editor.rewrite(node, 1, [parts[0][axis]])
     else:
-        node.replace_input_with(1, repair.constant(numbers))
-        repair.changed += 1
+        repair.editor.set_constant(node, 1, numbers)
     return {1}
 
 
@@ -354,7 +225,7 @@ def _slice(repair: _Repair, node: ir.Node) -> set[int]:
         begin, end, step = bounds.starts[position], bounds.ends[position], bounds.steps[position]
         size = size_of(dims[axis])
         assert isinstance(size, int) and isinstance(begin, int) and isinstance(end, int)
-        first, last, _ = slice(begin, end, step).indices(size)
+        first, _, _ = slice(begin, end, step).indices(size)
         kept = _plain_indices(repair.selection, dims, axis)
         block = first - first % step
         start = int(np.searchsorted(kept, block)) + first % step
@@ -403,7 +274,7 @@ class _Bounds:
         if "starts" not in node.attributes:
             for index, old, new in ((1, self.starts, starts), (2, self.ends, ends)):
                 pairs = [None if a is None or b is None else (a, b) for a, b in zip(old, new, strict=True)]
-                repair.replace_entries(node, index, pairs)
+                repair.editor.replace_entries(node, index, pairs)
             return
         for name, old, new in (("starts", self.starts, starts), ("ends", self.ends, ends)):
             merged = [b if b is not None else a for a, b in zip(old, new, strict=True)]
@@ -446,8 +317,7 @@ def _gather(repair: _Repair, node: ir.Node) -> set[int]:
         stays = _plain_indices(repair.selection, outputs, axis)  # type: ignore[assignment]
     moved = [int(np.searchsorted(kept, source[index])) for index in stays]
     if moved != [int(index) for index in indices]:  # type: ignore[arg-type]
-        node.replace_input_with(1, repair.constant(moved, scalar=contents.ndim == 0))
-        repair.changed += 1
+        repair.editor.set_constant(node, 1, moved, scalar=contents.ndim == 0)
     return {1}
 
 

@@ -204,7 +204,8 @@ UPCAST = """g (HALF[b, 64] x, int64[1] n) => (HALF[b, 64] y, HALF[k] filled) {
 
 
 @pytest.mark.parametrize(("half", "dtype"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)])
-def test_upcast(tmp_path: Path, half: str, dtype: type) -> None:
+@pytest.mark.parametrize("optimize", [False, True])
+def test_upcast(tmp_path: Path, half: str, dtype: type, optimize: bool) -> None:
     w = weight(dtype=dtype)
     text = UPCAST.replace("HALF", half).replace("CODE", {"float16": "10", "bfloat16": "16"}[half])
     low: np.ndarray = np.array(-65504, dtype)
@@ -221,12 +222,26 @@ def test_upcast(tmp_path: Path, half: str, dtype: type) -> None:
     assert half not in ir.to_onnx_text(result)
     model = ir.to_proto(result)
     onnx.checker.check_model(onnx.shape_inference.infer_shapes(model, strict_mode=True), full_check=True)
-    outputs = Session(result).run({"x": X, "n": np.array([4])})
+    outputs = Session(result, optimize=optimize).run({"x": X, "n": np.array([4])})
     assert outputs["y"].dtype == np.float32
     np.testing.assert_allclose(outputs["y"], 2 * (X @ w.astype(np.float32)), rtol=1e-4, atol=1e-4)
     assert (outputs["filled"] == np.full(4, 3, np.float32)).all()
     clamp = result.graph.initializers["low"].const_value
     assert clamp is not None and clamp.numpy() == np.float32(low)
+
+
+def test_upcast_weights_of_a_file_are_not_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight is written out")
+
+    monkeypatch.setattr("onnx_autoglm.runtime._append", refuse)
+    w = weight(dtype=np.float16)
+    text = "g (float16[b, 64] x) => (float16[b, 64] y) { h = MatMul(x, w) y = MatMul(h, w) }"
+    model = upcast(model_of(text, w=external(tmp_path, "w", w)))
+    y = Session(model).run({"x": X})["y"]
+    np.testing.assert_allclose(y, X @ w.astype(np.float32) @ w.astype(np.float32), rtol=1e-4, atol=1e-3)
 
 
 def test_upcast_of_type_attributes_and_bodies() -> None:

@@ -86,14 +86,16 @@ class Analysis:
             if value in self.index_of:
                 self.pins.append((self.index_of[value], Pin("its index is a graph output", value.name or "")))
             for axis, dim in enumerate(self.values.get(value) or []):
-                self.pins.append((dim, Pin(f"axis {axis} of the graph output {value.name}", "", PinKind.INTERFACE)))
+                self.pins.append(
+                    (dim, Pin(f"axis {axis} of the graph output {value.name}", "", PinKind.INTERFACE))
+                )
 
     def _enter_initializer(self, value: ir.Value) -> None:
         tensor = value.const_value
         if tensor is None:
             return
         self.weights.add(value)
-        shape = [int(size) for size in tensor.shape]
+        shape = list(tensor.shape.numpy())
         if tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL:
             if tensor.size <= known.MAX_ENTRIES and tensor.dtype.bitwidth >= 8:
                 self.contents[value] = known.constant(tensor.numpy())
@@ -113,7 +115,9 @@ class Analysis:
             return
         dims = [self._declared(size) for size in value.shape]
         for axis, dim in enumerate(dims):
-            self.pins.append((dim, Pin(f"axis {axis} of the graph input {value.name}", "", PinKind.INTERFACE)))
+            self.pins.append(
+                (dim, Pin(f"axis {axis} of the graph input {value.name}", "", PinKind.INTERFACE))
+            )
         self.values[value] = dims
 
     def _declared(self, size: int | ir.SymbolicDim) -> Dim:

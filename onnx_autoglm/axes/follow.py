@@ -48,7 +48,7 @@ def _observe(op: Op) -> list[Contents] | None:
         return None
     if op.node.op_type == "Size":
         return [known.array([Extent(tuple(atom for dim in dims for atom in dim))]).reshape(())]
-    start, end = op.int("start", 0), op.int("end", len(dims))
+    start, end = op.attr_int("start", 0), op.attr_int("end", len(dims))
     return [known.array([Extent(dim) for dim in dims[slice(start, end)]])]
 
 
@@ -57,7 +57,7 @@ def _same(op: Op, inputs: list[Contents]) -> list[Contents]:
 
 
 def _cast(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    target = ir.DataType(op.int("to", 0))
+    target = ir.DataType(op.attr_int("to", 0))
     if target == ir.DataType.BOOL:
         zero = known.constant(np.zeros((), np.int64))
         return [known.apply("not", known.apply("equal", inputs[0], zero))]
@@ -86,15 +86,15 @@ def _gather(op: Op, inputs: list[Contents]) -> list[Contents] | None:
     data, indices = inputs
     if not known.is_constant(indices):
         return None
-    taken = np.take(data, indices.astype(np.int64), axis=op.int("axis", 0))
+    taken = np.take(data, indices.astype(np.int64), axis=op.attr_int("axis", 0))
     return [_wrap(taken)]
 
 
 def _slice(op: Op, inputs: list[Contents]) -> list[Contents] | None:
     data = inputs[0]
-    if op.ints("starts") is not None:
-        starts, ends = op.ints("starts") or [], op.ints("ends") or []
-        axes, steps = op.ints("axes") or list(range(len(starts))), [1] * len(starts)
+    if op.attr_ints("starts") is not None:
+        starts, ends = op.attr_ints("starts") or [], op.attr_ints("ends") or []
+        axes, steps = op.attr_ints("axes") or list(range(len(starts))), [1] * len(starts)
     else:
         if not all(known.is_constant(part) for part in inputs[1:]):
             return None
@@ -110,12 +110,12 @@ def _slice(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _concat(op: Op, inputs: list[Contents]) -> list[Contents]:
-    return [np.concatenate(inputs, axis=op.int("axis", 0))]
+    return [np.concatenate(inputs, axis=op.attr_int("axis", 0))]
 
 
 def _split(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    data, axis, count = inputs[0], op.int("axis", 0), len(op.node.outputs)
-    sizes = op.integers(1) if op.has(1) else op.ints("split")
+    data, axis, count = inputs[0], op.attr_int("axis", 0), len(op.node.outputs)
+    sizes = op.integers(1) if op.has(1) else op.attr_ints("split")
     if sizes is None:
         chunk = -(-data.shape[axis] // count)
         sizes = [min(chunk, data.shape[axis] - chunk * index) for index in range(count)]
@@ -123,7 +123,7 @@ def _split(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _unsqueeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    axes = op.ints("axes") if len(inputs) == 1 else op.integers(1)
+    axes = op.attr_ints("axes") if len(inputs) == 1 else op.integers(1)
     if axes is None:
         return None
     rank = inputs[0].ndim + len(axes)
@@ -134,7 +134,7 @@ def _unsqueeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _squeeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    axes = op.ints("axes") if len(inputs) == 1 else op.integers(1)
+    axes = op.attr_ints("axes") if len(inputs) == 1 else op.integers(1)
     return [_wrap(np.squeeze(inputs[0], None if axes is None else tuple(axes)))]
 
 
@@ -180,13 +180,13 @@ def _reduce(name: str) -> Follower:
         result = inputs[0][:1]
         for index in range(1, inputs[0].size):
             result = known.apply(name, result, inputs[0][index : index + 1])
-        return [result if op.int("keepdims", 1) else result.reshape(())]
+        return [result if op.attr_int("keepdims", 1) else result.reshape(())]
 
     return run
 
 
 def _transpose(op: Op, inputs: list[Contents]) -> list[Contents]:
-    return [np.transpose(inputs[0], op.ints("perm"))]
+    return [np.transpose(inputs[0], op.attr_ints("perm"))]
 
 
 def _wrap(result: object) -> Contents:

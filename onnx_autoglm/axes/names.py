@@ -86,4 +86,7 @@ def _shared_prefix(scopes: list[list[str]]) -> int:
     length = 0
     while all(len(scope) > length + 1 and scope[length] == deep[0][length] for scope in deep):
         length += 1
+    # `layers.0` reads better than `0`: a number keeps the word before it.
+    if 0 < length and any(scope[length].isdigit() for scope in deep):
+        length -= 1
     return length

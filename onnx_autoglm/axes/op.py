@@ -20,7 +20,7 @@ from onnx_autoglm.axes.facts import (
     ZeroCheck,
     label,
 )
-from onnx_autoglm.axes.size import Size
+from onnx_autoglm.axes.size import Size, exact_div
 
 if TYPE_CHECKING:
     from onnx_autoglm.axes.analysis import Analysis
@@ -84,24 +84,24 @@ class Op:
             return None
         return value.const_value.numpy()
 
-    def int(self, name: str, default: int) -> int:
+    def attr_int(self, name: str, default: int) -> int:
         attribute = self.node.attributes.get(name)
         return default if attribute is None else attribute.as_int()
 
-    def ints(self, name: str) -> list[int] | None:
+    def attr_ints(self, name: str) -> list[int] | None:
         attribute = self.node.attributes.get(name)
         return None if attribute is None else list(attribute.as_ints())
 
-    def text(self, name: str, default: str) -> str:
+    def attr_text(self, name: str, default: str) -> str:
         attribute = self.node.attributes.get(name)
         return default if attribute is None else attribute.as_string()
 
     def axis(self, rank: int, default: int) -> int:
-        return self.int("axis", default) % max(rank, 1)
+        return self.attr_int("axis", default) % max(rank, 1)
 
     def axes(self, name: str, index: int) -> list[int] | None:
         """Axes given as an attribute in old opsets and as an input in new ones."""
-        listed = self.ints(name)
+        listed = self.attr_ints(name)
         if listed is not None or not self.has(index):
             return listed
         numbers = self.integers(index)
@@ -136,8 +136,10 @@ class Op:
             return ax.split_inner(dim, inner)
         except Clash as clash:
             self.pin(dim, f"split across its structure: {clash}")
-            outer = ax.exact_div(ax.size_of(dim), inner) or self.opaque()
-            return self.born(outer, "split out of a pinned axis"), self.born(inner, "split out of a pinned axis")
+            outer = exact_div(ax.size_of(dim), inner) or self.opaque()
+            return self.born(outer, "split out of a pinned axis"), self.born(
+                inner, "split out of a pinned axis"
+            )
 
     def pin(self, dim: Dim, reason: str, kind: PinKind = PinKind.HARD) -> None:
         if dim:

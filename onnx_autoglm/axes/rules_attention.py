@@ -11,6 +11,7 @@ from onnx_autoglm.axes.facts import Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
 from onnx_autoglm.axes.rules_elementwise import broadcast
 from onnx_autoglm.axes.rules_product import CONTRACTION
+from onnx_autoglm.axes.size import exact_div
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def _state_roles(op: Op, heads: Heads, operands: tuple[int, int]) -> None:
 
 def _inner(op: Op, dim: Dim, outer_size: int) -> Dim:
     """The channels of one head in a flat `heads * channels` axis."""
-    size = ax.exact_div(ax.size_of(dim), outer_size)
+    size = exact_div(ax.size_of(dim), outer_size)
     if size is None:
         raise Unknown("the number of channels is not known")
     return ax.fresh(size)
@@ -53,7 +54,7 @@ def attention(op: Op) -> None:
     query, key, value = op.dims(0), op.dims(1), op.dims(2)
     flat = len(query) == 3
     if flat:
-        counts = op.int("q_num_heads", 0), op.int("kv_num_heads", 0)
+        counts = op.attr_int("q_num_heads", 0), op.attr_int("kv_num_heads", 0)
         heads = _heads(*counts, _inner(op, query[2], counts[0]), _inner(op, value[2], counts[1]))
         op.equal(query[2], heads.query + heads.qk)
         op.equal(key[2], heads.kv + heads.qk)
@@ -106,12 +107,12 @@ def _cache(op: Op, heads: Heads, past_key: list[Dim], past_value: list[Dim], bat
 
 def rotary_embedding(op: Op) -> None:
     """RotaryEmbedding of opset 23: x, cos, sin [, position_ids]."""
-    _rotate(op, op.dims(0), op.dims(1)[-1], op.dims(2)[-1], op.int("interleaved", 0) == 1)
+    _rotate(op, op.dims(0), op.dims(1)[-1], op.dims(2)[-1], op.attr_int("interleaved", 0) == 1)
 
 
 def contrib_rotary_embedding(op: Op) -> None:
     """ONNX Runtime's RotaryEmbedding: x, position_ids, cos, sin."""
-    _rotate(op, op.dims(0), op.dims(2)[-1], op.dims(3)[-1], op.int("interleaved", 0) == 1)
+    _rotate(op, op.dims(0), op.dims(2)[-1], op.dims(3)[-1], op.attr_int("interleaved", 0) == 1)
 
 
 def _rotate(op: Op, dims: list[Dim], cosine: Dim, sine: Dim, interleaved: bool) -> None:
@@ -119,13 +120,13 @@ def _rotate(op: Op, dims: list[Dim], cosine: Dim, sine: Dim, interleaved: bool) 
     op.equal(cosine, sine)
     channels = dims[-1]
     if len(dims) == 3:
-        count = op.int("num_heads", 0)
+        count = op.attr_int("num_heads", 0)
         if not count:
             raise Unknown("a flat RotaryEmbedding without num_heads")
         heads, channels = ax.fresh(count), _inner(op, channels, count)
         op.equal(dims[-1], heads + channels)
         op.counts("num_heads", heads)
-    width = op.int("rotary_embedding_dim", 0)
+    width = op.attr_int("rotary_embedding_dim", 0)
     if width:
         rotated, _ = op.cut(channels, width)
         op.counts("rotary_embedding_dim", rotated)
@@ -142,7 +143,7 @@ def group_query_attention(op: Op) -> None:
     Its kernels fix the head size (a multiple of 8, one size for keys and values), so channels stay.
     """
     query = op.dims(0)
-    counts = op.int("num_heads", 0), op.int("kv_num_heads", 0)
+    counts = op.attr_int("num_heads", 0), op.attr_int("kv_num_heads", 0)
     packed = not op.has(1)
     per_head = counts[0] + 2 * counts[1] if packed else counts[0]
     channels = _inner(op, query[2], per_head)
@@ -179,7 +180,7 @@ def multi_head_attention(op: Op) -> None:
     query = op.dims(0)
     if len(query) != 3 or not op.has(1) or not op.has(2) or len(op.dims(1)) != 3:
         raise Unknown("a MultiHeadAttention with packed inputs")
-    count = op.int("num_heads", 0)
+    count = op.attr_int("num_heads", 0)
     key, value = op.dims(1), op.dims(2)
     heads = _heads(count, count, _inner(op, query[2], count), _inner(op, value[2], count))
     op.equal(query[2], heads.kv + heads.qk)

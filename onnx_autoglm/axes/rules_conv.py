@@ -6,7 +6,7 @@ from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.dims import UNIT, Dim
 from onnx_autoglm.axes.facts import Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
-from onnx_autoglm.axes.size import Size
+from onnx_autoglm.axes.size import Size, exact_div
 
 SPATIAL = "a spatial axis"
 
@@ -14,9 +14,9 @@ SPATIAL = "a spatial axis"
 def convolution(op: Op) -> None:
     """x [N, g*i, ...] * w [g*o, i, ...] -> y [N, g*o, ...]; depthwise is the case where i is 1."""
     dims, weight = op.dims(0), op.dims(1)
-    groups = ax.fresh(op.int("group", 1))
+    groups = ax.fresh(op.attr_int("group", 1))
     op.equal(dims[1], groups + weight[1])
-    outer, inner = op.divide(weight[0], ax.exact_div(ax.size_of(weight[0]), ax.size_of(groups)) or 1)
+    outer, inner = op.divide(weight[0], exact_div(ax.size_of(weight[0]), ax.size_of(groups)) or 1)
     op.equal(outer, groups)
     op.counts("group", groups)
     for dim in (dims[1], weight[0]):
@@ -31,9 +31,9 @@ def convolution(op: Op) -> None:
 def transposed_convolution(op: Op) -> None:
     """x [N, g*i, ...] with w [g*i, o, ...] -> y [N, g*o, ...]."""
     dims, weight = op.dims(0), op.dims(1)
-    groups = ax.fresh(op.int("group", 1))
+    groups = ax.fresh(op.attr_int("group", 1))
     op.equal(dims[1], weight[0])
-    outer, _ = op.divide(weight[0], ax.exact_div(ax.size_of(weight[0]), ax.size_of(groups)) or 1)
+    outer, _ = op.divide(weight[0], exact_div(ax.size_of(weight[0]), ax.size_of(groups)) or 1)
     op.equal(outer, groups)
     op.counts("group", groups)
     channels = groups + weight[1]
@@ -53,8 +53,8 @@ def _spatial(op: Op, *groups: list[Dim]) -> None:
 def _shrink(op: Op, spatial: list[Dim], kernel: list[Size]) -> list[Dim]:
     """Output sizes of a sliding window, after the ONNX definition of Conv and the pools."""
     count = len(spatial)
-    strides, dilations = op.ints("strides") or [1] * count, op.ints("dilations") or [1] * count
-    pads, auto = op.ints("pads") or [0] * (2 * count), op.text("auto_pad", "NOTSET")
+    strides, dilations = op.attr_ints("strides") or [1] * count, op.attr_ints("dilations") or [1] * count
+    pads, auto = op.attr_ints("pads") or [0] * (2 * count), op.attr_text("auto_pad", "NOTSET")
     sizes: list[Dim] = []
     for axis, dim in enumerate(spatial):
         size, width, stride = ax.size_of(dim), kernel[axis], strides[axis]
@@ -66,8 +66,8 @@ def _shrink(op: Op, spatial: list[Dim], kernel: list[Size]) -> list[Dim]:
             continue
         padded = size + (0 if auto == "VALID" else pads[axis] + pads[axis + count])
         room = padded - dilations[axis] * (width - 1) - 1
-        steps = -(-room // stride) if op.int("ceil_mode", 0) else room // stride
-        if op.int("ceil_mode", 0) and steps * stride >= size + pads[axis]:
+        steps = -(-room // stride) if op.attr_int("ceil_mode", 0) else room // stride
+        if op.attr_int("ceil_mode", 0) and steps * stride >= size + pads[axis]:
             steps -= 1  # a window may not start in the padding behind
         sizes.append(op.born(steps + 1, SPATIAL))
     return sizes
@@ -85,7 +85,7 @@ def _declared_spatial(op: Op) -> list[Dim]:
 def pool(op: Op) -> None:
     dims = op.dims(0)
     _spatial(op, dims[2:])
-    kernel: list[Size] = list(op.ints("kernel_shape") or [])
+    kernel: list[Size] = list(op.attr_ints("kernel_shape") or [])
     result = [*dims[:2], *_shrink(op, dims[2:], kernel)]
     for index in range(len(op.node.outputs)):
         op.output(result, index)
@@ -102,7 +102,7 @@ def resize(op: Op) -> None:
     dims = op.dims(0)
     sizes = op.numbers(3) if op.has(3) else None
     scales = op.constant(2 if op.version > 10 else 1) if sizes is None else None
-    if op.ints("axes") is not None or (sizes is None and (scales is None or scales.size != len(dims))):
+    if op.attr_ints("axes") is not None or (sizes is None and (scales is None or scales.size != len(dims))):
         raise Unknown("the new size is computed at run time")
     outputs: list[Dim] = []
     for axis, dim in enumerate(dims):

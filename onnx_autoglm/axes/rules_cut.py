@@ -29,14 +29,14 @@ def split(op: Op) -> None:
     dims = op.dims(0)
     axis = op.axis(len(dims), 0)
     count = len(op.node.outputs)
-    sizes = op.integers(1) if op.has(1) else op.ints("split")
+    sizes = op.integers(1) if op.has(1) else op.attr_ints("split")
     if sizes is None:
         if op.has(1):
             raise Unknown("the sizes of the parts are computed at run time")
         total = ax.size_of(dims[axis])
         if not isinstance(total, int):
             raise Unknown("an axis of unknown size is split in equal parts")
-        chunk = -(-total // op.int("num_outputs", count))
+        chunk = -(-total // op.attr_int("num_outputs", count))
         sizes = [min(chunk, total - chunk * index) for index in range(count)]
     rest = dims[axis]
     for index, size in enumerate(sizes):
@@ -49,7 +49,7 @@ def split_to_sequence(op: Op) -> None:
     dims = op.dims(0)
     axis = op.axis(len(dims), 0)
     sizes, total = op.integers(1), ax.size_of(dims[axis])
-    if sizes is None or not isinstance(total, int) or not op.int("keepdims", 1):
+    if sizes is None or not isinstance(total, int) or not op.attr_int("keepdims", 1):
         raise Unknown("the sizes of the parts are computed at run time")
     if not op.dims(1):
         sizes = [min(sizes[0], total - start) for start in range(0, total, sizes[0])]
@@ -105,9 +105,7 @@ def _stride(op: Op, dim: Dim, start: int, end: int, step: int) -> Dim:
     return outer
 
 
-def _symbolic_window(
-    op: Op, dim: Dim, total: Size, start: Size | None, end: Size | None, step: int
-) -> Dim:
+def _symbolic_window(op: Op, dim: Dim, total: Size, start: Size | None, end: Size | None, step: int) -> Dim:
     reason = "cut at a bound that is computed at run time"
     if start == 0 and step == 1 and end is not None:
         if end == total or (isinstance(end, int) and end >= 2**31 - 1):
@@ -125,9 +123,9 @@ def slice_(op: Op) -> None:
     dims = list(op.dims(0))
     starts: list[Size | None]
     ends: list[Size | None]
-    if op.ints("starts") is not None:
-        starts, ends = list(op.ints("starts") or []), list(op.ints("ends") or [])
-        axes, steps = op.ints("axes"), None
+    if op.attr_ints("starts") is not None:
+        starts, ends = list(op.attr_ints("starts") or []), list(op.attr_ints("ends") or [])
+        axes, steps = op.attr_ints("axes"), None
     else:
         computed: list[Size | None] = []
         axes = op.integers(3) if op.has(3) else None
@@ -194,7 +192,9 @@ def _pick(op: Op, dim: Dim, indices: list[int]) -> Dim:
     if isinstance(total, int) and len(steps) <= 1 and all(index >= 0 for index in indices):
         step = steps.pop() if steps else 1
         if step > 0:
-            return window(op, dim, indices[0], min(indices[-1] + step, total) if step > 1 else indices[-1] + 1, step)
+            return window(
+                op, dim, indices[0], min(indices[-1] + step, total) if step > 1 else indices[-1] + 1, step
+            )
     op.pin(dim, "selected by constant indices in no regular order")
     return op.born(len(indices), "selected by constant indices in no regular order")
 
@@ -231,7 +231,7 @@ def scatter_elements(op: Op) -> None:
 
 def gather_nd(op: Op) -> None:
     dims, indices = op.dims(0), op.dims(1)
-    batch = op.int("batch_dims", 0)
+    batch = op.attr_int("batch_dims", 0)
     depth = ax.size_of(indices[-1])
     if not isinstance(depth, int):
         raise Unknown("the depth of the index is not known")
@@ -277,7 +277,7 @@ def top_k(op: Op) -> None:
     axis = op.axis(len(dims), -1)
     chosen = dims[axis]
     op.pin(chosen, "selected along by TopK", PinKind.SELECT)
-    count = op.numbers(1) if op.has(1) else [op.int("k", 1)]
+    count = op.numbers(1) if op.has(1) else [op.attr_int("k", 1)]
     size = count[0] if count and count[0] is not None else op.opaque()
     if isinstance(size, int):
         op.at_least(chosen, size)
@@ -293,14 +293,14 @@ def arg_extreme(op: Op) -> None:
     axis = op.axis(len(dims), 0)
     op.pin(dims[axis], f"selected along by {op.node.op_type}", PinKind.SELECT)
     op.analysis.index_of[op.node.outputs[0]] = dims[axis]
-    op.output([*dims[:axis], *([UNIT] if op.int("keepdims", 1) else []), *dims[axis + 1 :]])
+    op.output([*dims[:axis], *([UNIT] if op.attr_int("keepdims", 1) else []), *dims[axis + 1 :]])
 
 
 def one_hot(op: Op) -> None:
     dims = list(op.dims(0))
     depth = op.numbers(1)
     size = depth[0] if depth and depth[0] is not None else op.opaque()
-    axis = op.int("axis", -1)
+    axis = op.attr_int("axis", -1)
     dims.insert(axis if axis >= 0 else len(dims) + 1 + axis, op.born(size, "made by OneHot"))
     op.output(dims)
 
@@ -337,17 +337,17 @@ def range_(op: Op) -> None:
 def pad(op: Op) -> None:
     """Padding adds parts of its own before and behind; they are never cut."""
     dims = list(op.dims(0))
-    pads = op.integers(1) if op.has(1) else op.ints("pads")
+    pads = op.integers(1) if op.has(1) else op.attr_ints("pads")
     if pads is None:
         raise Unknown("the padding is computed at run time")
     axes = op.integers(3) if op.has(3) else list(range(len(dims)))
     if axes is None:
         raise Unknown("the padded axes are computed at run time")
-    reason = f"padded ({op.text('mode', 'constant')})"
+    reason = f"padded ({op.attr_text('mode', 'constant')})"
     for axis, before, behind in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         if before == behind == 0:
             continue
-        if op.text("mode", "constant") != "constant" or before < 0 or behind < 0:
+        if op.attr_text("mode", "constant") != "constant" or before < 0 or behind < 0:
             op.pin(dims[axis], reason)
             size = ax.size_of(dims[axis])
             grown = size + before + behind if isinstance(size, int) else op.opaque()

@@ -41,8 +41,6 @@ def unary(op: Op) -> None:
         op.output(op.dims(0), index)
 
 
-
-
 def cast_like(op: Op) -> None:
     op.output(op.dims(0))
 
@@ -55,7 +53,7 @@ def prelu(op: Op) -> None:
 def quantize(op: Op) -> None:
     """QuantizeLinear and DequantizeLinear: scale and zero point lie on one axis, or on none."""
     dims = op.dims(0)
-    if op.int("block_size", 0):
+    if op.attr_int("block_size", 0):
         op.pin_all(dims, "quantized in blocks")
     axis = op.axis(len(dims), 1)
     for index in (1, 2):

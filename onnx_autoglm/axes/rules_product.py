@@ -82,21 +82,21 @@ def matmul(op: Op) -> None:
 
 def fused_matmul(op: Op) -> None:
     """ONNX Runtime's MatMul with transposes folded in."""
-    if op.int("transBatchA", 0) or op.int("transBatchB", 0):
+    if op.attr_int("transBatchA", 0) or op.attr_int("transBatchB", 0):
         raise Unknown("FusedMatMul with transposed batch axes")
     left, right = list(op.dims(0)), list(op.dims(1))
-    if op.int("transA", 0) and len(left) > 1:
+    if op.attr_int("transA", 0) and len(left) > 1:
         left[-2:] = reversed(left[-2:])
-    if op.int("transB", 0) and len(right) > 1:
+    if op.attr_int("transB", 0) and len(right) > 1:
         right[-2:] = reversed(right[-2:])
     op.output(multiply(op, left, right, (0, 1)))
 
 
 def gemm(op: Op) -> None:
     left, right = list(op.dims(0)), list(op.dims(1))
-    if op.int("transA", 0):
+    if op.attr_int("transA", 0):
         left.reverse()
-    if op.int("transB", 0):
+    if op.attr_int("transB", 0):
         right.reverse()
     result = multiply(op, left, right, (0, 1))
     if op.has(2):
@@ -106,14 +106,18 @@ def gemm(op: Op) -> None:
 
 def einsum(op: Op) -> None:
     """Letters are axes: those in the output of both operands are batch, those in none are contracted."""
-    equation = op.text("equation", "").replace(" ", "")
+    equation = op.attr_text("equation", "").replace(" ", "")
     if "." in equation:
         raise Unknown("an Einsum with an ellipsis")
     inputs, _, output = equation.partition("->")
     terms = inputs.split(",")
     if "->" not in equation:
         output = "".join(sorted(letter for letter in set(inputs) - {","} if inputs.count(letter) == 1))
-    if any(len(set(term)) != len(term) for term in terms) or len(terms) != len(op.node.inputs) or len(terms) > 2:
+    if (
+        any(len(set(term)) != len(term) for term in terms)
+        or len(terms) != len(op.node.inputs)
+        or len(terms) > 2
+    ):
         raise Unknown(f"an Einsum of this form: {equation}")
     axes: dict[str, Dim] = {}
     for index, term in enumerate(terms):
@@ -150,7 +154,7 @@ def packed_weights(op: Op) -> None:
     """Weights in blocks of a packed format: neither axis can be cut."""
     dims = op.dims(0)
     op.pin(dims[-1], f"contracted with packed weights of {op.node.op_type}")
-    size = op.int("N", 0) or op.opaque()
+    size = op.attr_int("N", 0) or op.opaque()
     op.output([*dims[:-1], op.born(size, f"made by packed weights of {op.node.op_type}")])
 
 

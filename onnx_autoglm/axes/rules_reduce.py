@@ -12,6 +12,7 @@ from onnx_autoglm.axes.dims import UNIT, Dim
 from onnx_autoglm.axes.facts import PinKind, Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
 from onnx_autoglm.axes.rules_elementwise import broadcast
+from onnx_autoglm.axes.size import exact_div
 
 SUM = "summed over, where a removed channel would not be zero"
 
@@ -20,12 +21,12 @@ def _reduced(op: Op) -> tuple[list[Dim], set[int]]:
     dims = op.dims(0)
     axes = op.axes("axes", 1)
     if axes is None:
-        axes = [] if op.int("noop_with_empty_axes", 0) else list(range(len(dims)))
+        axes = [] if op.attr_int("noop_with_empty_axes", 0) else list(range(len(dims)))
     return dims, {axis % len(dims) for axis in axes}
 
 
 def _collapse(op: Op, dims: list[Dim], axes: set[int]) -> None:
-    keep = op.int("keepdims", 1)
+    keep = op.attr_int("keepdims", 1)
     op.output([UNIT if axis in axes else dim for axis, dim in enumerate(dims) if keep or axis not in axes])
 
 
@@ -53,7 +54,7 @@ def reduce_other(op: Op) -> None:
 def softmax(op: Op) -> None:
     dims = op.dims(0)
     if op.version < 13:
-        start = op.int("axis", 1) % max(len(dims), 1)
+        start = op.attr_int("axis", 1) % max(len(dims), 1)
         normalised = dims[start:]
     else:
         normalised = [dims[op.axis(len(dims), -1)]]
@@ -101,7 +102,7 @@ def skip_layer_norm(op: Op) -> None:
 
 def batch_norm(op: Op) -> None:
     """Per channel, with running statistics: nothing is shared between channels."""
-    if op.int("training_mode", 0):
+    if op.attr_int("training_mode", 0):
         raise Unknown("BatchNormalization in training mode")
     dims = op.dims(0)
     for index in range(1, 5):
@@ -120,8 +121,8 @@ def instance_norm(op: Op) -> None:
 def group_norm(op: Op) -> None:
     """Channels are `groups * inner`: whole groups may go, the inner ones are normalised together."""
     dims = op.dims(0)
-    groups = ax.fresh(op.int("num_groups", 1))
-    inner = ax.exact_div(ax.size_of(dims[1]), ax.size_of(groups))
+    groups = ax.fresh(op.attr_int("num_groups", 1))
+    inner = exact_div(ax.size_of(dims[1]), ax.size_of(groups))
     if inner is None:
         raise Unknown("the number of channels is not known")
     outer, members = op.divide(dims[1], inner)
@@ -150,7 +151,7 @@ def lp_norm(op: Op) -> None:
 
 def mean_variance_norm(op: Op) -> None:
     dims = op.dims(0)
-    for axis in op.ints("axes") or [0, 2, 3]:
+    for axis in op.attr_ints("axes") or [0, 2, 3]:
         op.pin(dims[axis], "normalised over by MeanVarianceNormalization", PinKind.NORM)
     op.output(dims)
 

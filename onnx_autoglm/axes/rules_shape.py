@@ -14,10 +14,10 @@ def reshape(op: Op) -> None:
     An axis given as -1 is what is left between the axes before it and those after it.
     """
     dims = op.dims(0)
-    target = op.numbers(1) if op.has(1) else list(op.ints("shape") or [])
+    target: list[Size | None] | None = op.numbers(1) if op.has(1) else [*(op.attr_ints("shape") or [])]
     if target is None:
         raise Unknown("the target shape is computed from data")
-    keeps_zero = op.int("allowzero", 0) == 1
+    keeps_zero = op.attr_int("allowzero", 0) == 1
     declared = op.node.outputs[0].shape
     wanted: list[Dim | None] = []
     for index, size in enumerate(target):
@@ -68,14 +68,14 @@ def _hole_size(flat: Dim, wanted: list[Dim | None], op: Op) -> Size:
 
 def flatten(op: Op) -> None:
     dims = op.dims(0)
-    axis = op.int("axis", 1)
+    axis = op.attr_int("axis", 1)
     axis = axis + len(dims) if axis < 0 else axis
     op.output([ax.product(dims[:axis]), ax.product(dims[axis:])])
 
 
 def transpose(op: Op) -> None:
     dims = op.dims(0)
-    order = op.ints("perm") or list(reversed(range(len(dims))))
+    order = op.attr_ints("perm") or list(reversed(range(len(dims))))
     op.output([dims[axis] for axis in order])
 
 
@@ -139,8 +139,8 @@ def constant_of_shape(op: Op) -> None:
 def depth_to_space(op: Op) -> None:
     """Channels are `block*block*c` (DCR) or `c*block*block` (CRD); only `c` stays free."""
     batch, channels, height, width = op.dims(0)
-    block = op.int("blocksize", 1)
-    if op.text("mode", "DCR") == "DCR":
+    block = op.attr_int("blocksize", 1)
+    if op.attr_text("mode", "DCR") == "DCR":
         blocks, kept = op.divide(channels, exact_div(ax.size_of(channels), block * block) or op.opaque())
     else:
         kept, blocks = op.divide(channels, block * block)
@@ -151,7 +151,7 @@ def depth_to_space(op: Op) -> None:
 
 def space_to_depth(op: Op) -> None:
     batch, channels, height, width = op.dims(0)
-    block = op.int("blocksize", 1)
+    block = op.attr_int("blocksize", 1)
     rows, high = op.divide(height, block)
     columns, wide = op.divide(width, block)
     op.pin_all([high, wide, rows, columns], "rearranged out of space")

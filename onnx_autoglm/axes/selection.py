@@ -116,11 +116,7 @@ class Selection:
         }
         if not missing:
             return np.flatnonzero(self._mask(own, {})), None
-        other = next(
-            index
-            for index, dim in enumerate(dims)
-            if index != axis and missing <= set(leaves(dim))
-        )
+        other = next(index for index, dim in enumerate(dims) if index != axis and missing <= set(leaves(dim)))
         decoded = merged(coordinates(dims[other]))
         length = size_of(dims[other])
         assert isinstance(length, int)

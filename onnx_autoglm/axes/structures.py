@@ -17,18 +17,6 @@ from onnx_autoglm.axes.facts import Pin, PinKind, Role, label
 from onnx_autoglm.axes.names import name_structures
 from onnx_autoglm.axes.zeros import Zeros
 
-KINDS = {
-    "query-head": "query heads, chosen separately in each KV group",
-    "kv-group": "KV groups with their query heads; changes the shape of KV caches",
-    "ffn-channel": "inner channels of feed-forward layers",
-    "value-channel": "channels of the values of a head",
-    "qk-pair": "channels of queries and keys: rotary pairs, or single channels without rotation",
-    "expert-channel": "inner channels of the experts of a mixture",
-    "conv-channel": "channels of convolutions",
-    "expert": "experts of a mixture; lossy, the router chooses among fewer",
-    "hidden": "the residual stream; lossy, norms see fewer channels",
-}
-LOSSY = frozenset({"expert", "hidden"})
 # Kinds of pin that a kind of structure may lift when it is asked for by name.
 _LIFTS = {"expert": PinKind.SELECT, "hidden": PinKind.NORM}
 # Ops that append to or write into a cache: a graph input they read and write out is state, not data.
@@ -129,8 +117,16 @@ def find_structures(analysis: Analysis) -> Structures:
         structure = Structure(atom, kind, atom.size, places[atom], outers[atom])
         _settle(analysis, structure, list(dict.fromkeys(pins[atom])))
         found.append(structure)
+    order = {node: index for index, node in enumerate(analysis.graph)}
+    found.sort(key=lambda structure: _position(structure, order))
     _name(found)
     return Structures(analysis, found, uses)
+
+
+def _position(structure: Structure, order: dict[ir.Node, int]) -> int:
+    """Where in the graph a structure first matters: layers come in the order of the graph."""
+    consumers = [node for place in structure.places for node, _ in place.use.consumers]
+    return min(order.get(node, len(order)) for node in consumers)
 
 
 def _uses(analysis: Analysis) -> list[Use]:
@@ -180,9 +176,7 @@ def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]
     return groups
 
 
-def _kind(
-    atom: Atom, roles: set[Role], pins: set[Pin], places: list[Place], groups: set[Atom]
-) -> str | None:
+def _kind(atom: Atom, roles: set[Role], pins: set[Pin], places: list[Place], groups: set[Atom]) -> str | None:
     pinned = {pin.kind for pin in pins}
     if not roles & {Role.MADE, Role.CONTRACTED, Role.STACKED, Role.CONVOLVED}:
         return None  # positions and batches take part in products too, but no weight makes them
@@ -286,7 +280,9 @@ def _outers(analysis: Analysis, uses: list[Use], atoms: set[Atom]) -> dict[Atom,
                     common[atom] = common[atom] & around if atom in common else around
     order = {atom: index for index, atom in enumerate(atoms)}
     return {
-        atom: tuple(sorted((outer for outer in common.get(atom, ()) if outer in atoms), key=order.__getitem__))
+        atom: tuple(
+            sorted((outer for outer in common.get(atom, ()) if outer in atoms), key=order.__getitem__)
+        )
         for atom in atoms
     }
 
@@ -305,7 +301,5 @@ def _enclosing(dim: Dim, before: set[Atom]) -> list[tuple[Atom, set[Atom]]]:
 
 
 def _name(found: list[Structure]) -> None:
-    for structure, name in zip(
-        found, name_structures([(s.kind, s.places) for s in found]), strict=True
-    ):
+    for structure, name in zip(found, name_structures([(s.kind, s.places) for s in found]), strict=True):
         structure.id = name

@@ -1,0 +1,1 @@
+"""Axis inference: what every axis of every value is, and where it lives."""

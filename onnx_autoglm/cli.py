@@ -1,0 +1,265 @@
+"""The command line. Options of `optimize` derive from `onnx_autoglm.options`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from onnx_autoglm.errors import CheckFailed, UserError
+from onnx_autoglm.options import Options, make_options, read_config
+
+FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
+
+
+class _Version(click.Option):
+    """`--version`, read from the installed metadata only when asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=self._show,
+            help="Show the version.",
+        )
+
+    @staticmethod
+    def _show(context: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            import onnx_autoglm
+
+            click.echo(f"onnx-autoglm {onnx_autoglm.__version__}")
+            context.exit()
+
+
+@click.group(
+    params=[_Version()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 something you can fix, the message says how; 2 wrong usage; 3 a check failed and "
+    "nothing was written.",
+)
+def cli() -> None:
+    """Prunes exported language models (and any other ONNX model), and proves every cut.
+
+    \b
+    onnx-autoglm inspect model.onnx            what can be cut, and what cannot, and why
+    onnx-autoglm optimize model.onnx -o out    a smaller model, a plan and a report
+    onnx-autoglm check model.onnx out/plan.json out/model.onnx
+    """
+
+
+# --- options from fields
+
+
+def _fields(
+    model: type[BaseModel], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """All leaf fields of nested option models with their paths."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _fields(kind, (*path, name))
+        else:
+            yield (*path, name), field
+
+
+def _extra(field: FieldInfo, key: str) -> Any:
+    extra = field.json_schema_extra
+    return extra.get(key) if isinstance(extra, dict) else None
+
+
+def _option(path: tuple[str, ...], field: FieldInfo) -> click.Option:
+    """The command-line option of a field: its type, help text and default."""
+    flag = _extra(field, "flag") or "--" + path[-1].replace("_", "-")
+    settings: dict[str, Any] = {
+        "help": field.description,
+        "metavar": _extra(field, "metavar"),
+        "default": None,
+    }
+    kind, default = field.annotation, field.default
+    if kind == (bool | None):
+        declaration = f"{flag}/--no-{flag[2:]}"
+        return click.Option([declaration, "__".join(path)], **settings)
+    if get_origin(kind) is Literal:
+        settings["type"] = click.Choice([str(value) for value in get_args(kind)])
+    elif get_origin(kind) in (tuple, dict):
+        settings["multiple"] = True
+    elif kind in (int, float):
+        settings["type"] = kind
+    if isinstance(default, str | int | float):
+        settings["help"] = f"{field.description}  [default: {default}]"
+    return click.Option([flag, "__".join(path)], **settings)
+
+
+def _collect(given: dict[str, Any]) -> dict[str, Any]:
+    """Nested option data from what was given on the command line."""
+    data: dict[str, Any] = {}
+    for path, field in _fields(Options):
+        value = given.pop("__".join(path), None)
+        if value is None or value == ():
+            continue
+        if get_origin(field.annotation) is dict:
+            value = _fractions(value)
+        _put(data, path, value)
+    return data
+
+
+def _fractions(values: tuple[str, ...]) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for item in ",".join(values).split(","):
+        kind, sign, number = item.strip().partition("=")
+        try:
+            result[kind] = float(number)
+        except ValueError:
+            sign = ""
+        if not sign or not kind:
+            raise UserError(f"--prune {item!r}: write KIND=FRACTION, for example ffn-channel=0.25")
+    return result
+
+
+def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        data = data.setdefault(name, {})
+    data[path[-1]] = value
+
+
+def _merge(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The command line over the configuration file; the fractions of --prune replace those of the file."""
+    merged = dict(config)
+    for name, value in given.items():
+        old = merged.get(name)
+        nested = isinstance(value, dict) and isinstance(old, dict) and name != "sparsity_level"
+        merged[name] = _merge(old, value) if nested and isinstance(old, dict) else value
+    return merged
+
+
+# --- commands
+
+
+@cli.command(params=[_option(path, field) for path, field in _fields(Options)])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output folder.  [default: MODEL's name + -pruned]",
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file with any of these options, in sections."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool, **given: Any) -> None:
+    """Remove heads and channels from MODEL, repair shapes, prove the result and write it.
+
+    Writes model.onnx (+ model.onnx.data), plan.json and report.json into the output folder, or nothing.
+
+    \b
+    Examples:
+      onnx-autoglm optimize model.onnx -o out
+      onnx-autoglm optimize model.onnx -o out --prune query-head=0.5,ffn-channel=0.25
+      onnx-autoglm optimize model.onnx -o out --prune ffn-channel=0.3 --scope global --align 8
+      onnx-autoglm optimize model.onnx -o out --config pruning.yaml
+    """
+    options = make_options(
+        _merge(read_config(config) if config else {}, _collect(given)), str(config) if config else "options"
+    )
+    folder = output or model.with_name(f"{model.stem}-pruned")
+    from onnx_autoglm import pipeline
+
+    with _progress(quiet) as progress:
+        report = pipeline.optimize(model, folder, options, progress=progress)
+    if not quiet:
+        report.print(_console(sys.stdout))
+        click.echo(f"written to {folder}")
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Write JSON instead of a table.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what can be pruned in MODEL: layer, kind, count, size, share of parameters, and every pin."""
+    from onnx_autoglm import pipeline
+
+    found = pipeline.inspect(model)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        found.print(_console(sys.stdout))
+
+
+@cli.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("pruned", type=click.Path(path_type=Path))
+@click.option(
+    "--inputs", type=click.Path(path_type=Path), help="Sample inputs (.npz) instead of generated ones."
+)
+@click.option(
+    "--tolerance", type=float, default=1e-4, show_default=True, help="Relative difference that passes."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance: float, quiet: bool) -> None:
+    """Prove again, from PLAN alone, that PRUNED is SOURCE with exactly the planned parts removed."""
+    from onnx_autoglm import pipeline
+
+    with _progress(quiet) as progress:
+        proof = pipeline.check(source, plan, pruned, inputs=inputs, tolerance=tolerance, progress=progress)
+    if not quiet:
+        click.echo(
+            f"masked == pruned: worst relative difference {proof.difference.relative:.1e} (limit {tolerance:.0e})"
+        )
+
+
+def _console(file: Any) -> Any:
+    from rich.console import Console
+
+    # A pipe has no width of its own; tables must not be folded there.
+    return Console(file=file, width=None if file.isatty() else 160)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner with the step that runs, on a terminal; nothing in a pipe."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+        task = bar.add_task("start")
+        yield lambda step: bar.update(task, description=step)
+
+
+def main() -> None:
+    """Runs the command line: user errors in a line or two, everything else with its trace."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        code = FIXABLE
+    except CheckFailed as error:
+        click.echo(f"check failed, nothing written: {error}", err=True)
+        code = FAILED
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted, nothing written", err=True)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

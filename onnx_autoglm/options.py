@@ -1,0 +1,154 @@
+"""All options of `optimize`, in one place.
+
+The command line, the YAML configuration and the documentation derive from these models: a field's
+description is its help text, its `flag` the name on the command line where that differs.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from onnx_autoglm.errors import UserError
+from onnx_autoglm.kinds import KINDS
+
+DEFAULT_FRACTION = 0.25
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _flag(name: str, metavar: str | None = None) -> dict[str, Any]:
+    return {"flag": name, "metavar": metavar}
+
+
+class PruningOptions(_Options):
+    """What to remove and how to choose it."""
+
+    sparsity_level: dict[str, float] = Field(
+        default={},
+        description="The fraction to remove of each kind of structure, for example query-head=0.5. Repeatable, or "
+        "comma-separated. Without it a quarter of the query heads and FFN channels goes (of the convolution "
+        "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
+        json_schema_extra=_flag("--prune", "KIND=FRACTION"),
+    )
+    algorithm: Literal["l2", "l1", "random"] = Field(
+        default="l2",
+        description="How structures are scored: the norm of all weights that go with one, or at random.",
+        json_schema_extra=_flag("--criterion"),
+    )
+    scope: Literal["layer", "global"] = Field(
+        default="layer",
+        description="Remove the fraction in every layer, or overall by rank among all layers of one kind.",
+    )
+    normalize: Literal["none", "mean", "max", "z-score"] = Field(
+        default="mean", description="How the scores of a layer are made comparable with those of others."
+    )
+    target_layers: tuple[str, ...] = Field(
+        default=(),
+        description="Prune only structures whose name matches one of these globs (names: onnx-autoglm inspect).",
+        json_schema_extra=_flag("--include", "GLOB"),
+    )
+    exclude_layers: tuple[str, ...] = Field(
+        default=(),
+        description="Leave structures alone whose name matches one of these globs.",
+        json_schema_extra=_flag("--exclude", "GLOB"),
+    )
+    protect_first: int = Field(default=0, ge=0, description="Leave the first N layers of each kind alone.")
+    protect_last: int = Field(default=0, ge=0, description="Leave the last N layers of each kind alone.")
+    min_keep: int = Field(default=1, ge=1, description="Keep at least this many in each layer (and group).")
+    align: int = Field(
+        default=1,
+        ge=1,
+        description="Keep a multiple of this many channels, at least one tile; what rounding leaves unspent is "
+        "removed elsewhere. Heads, groups and experts are not aligned.",
+    )
+    schedule: Literal["one-shot"] = Field(default="one-shot", description="When to remove: all at once.")
+    seed: int = Field(default=0, description="Seed of the random criterion and of generated inputs.")
+
+    @field_validator("sparsity_level", mode="before")
+    @classmethod
+    def _one_fraction(cls, value: Any) -> Any:
+        """A plain number in a configuration file means the default kinds."""
+        if isinstance(value, int | float):
+            return {"query-head": float(value), "ffn-channel": float(value)}
+        return value
+
+    @field_validator("sparsity_level")
+    @classmethod
+    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
+        for kind, fraction in value.items():
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
+            if not 0 < fraction < 1:
+                raise ValueError(f"{kind}={fraction:g}: the fraction to remove must lie between 0 and 1")
+        return value
+
+
+class CheckOptions(_Options):
+    """How the result is proved."""
+
+    tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        description="The largest relative difference between masked source and pruned model that passes.",
+    )
+    inputs: Path | None = Field(
+        default=None,
+        description="Sample inputs for the proof: an .npz file with one array per graph input. Generated from "
+        "the signature by default.",
+        json_schema_extra=_flag("--inputs", "FILE"),
+    )
+
+
+class Options(_Options):
+    """Everything that `optimize` can be told."""
+
+    pruning: PruningOptions = PruningOptions()
+    repair: Literal["none"] = Field(
+        default="none", description="Closed-form repair of the remaining weights."
+    )
+    quantize: Literal["none"] = Field(default="none", description="Quantization of the result.")
+    check: CheckOptions = CheckOptions()
+    external_data: bool | None = Field(
+        default=None,
+        description="Write weights to model.onnx.data. By default above 1 GB, or when the source has such a file.",
+    )
+
+
+def make_options(data: dict[str, Any], where: str) -> Options:
+    """Validates options. Raises UserError with one line per mistake."""
+    try:
+        return Options.model_validate(data)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            path = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{where}: {path}: {message}" if path else f"{where}: {message}")
+        raise UserError("\n".join(lines)) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a YAML configuration file. Raises UserError if it cannot be read."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML file: {str(error).splitlines()[0]}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected sections such as 'pruning:', found {type(data).__name__}")
+    return data
+
+
+def matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

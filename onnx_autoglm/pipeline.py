@@ -1,0 +1,366 @@
+"""`optimize`, `inspect` and `check`, each from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnx_autoglm import modelfile
+from onnx_autoglm.axes.structures import Structure, Structures
+from onnx_autoglm.cut import analyse, apply_selection
+from onnx_autoglm.errors import CheckFailed, UserError
+from onnx_autoglm.feeds import load_feeds
+from onnx_autoglm.flops import count_flops
+from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
+from onnx_autoglm.passes.canonicalize import canonicalize
+from onnx_autoglm.passes.check_masked import Proof, check_masked
+from onnx_autoglm.passes.check_onnx import check_onnx
+from onnx_autoglm.passes.choose import Decision, candidates, choose
+from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
+from onnx_autoglm.passes.score_random import ScoreRandom
+from onnx_autoglm.plan import Plan, sha256
+from onnx_autoglm.report import Inspection, ModelFigures, Report, StructureReport
+
+Progress = Callable[[str], None]
+
+
+def optimize(
+    model: Path | str,
+    output: Path | str,
+    options: Options | None = None,
+    *,
+    progress: Progress = lambda _: None,
+) -> Report:
+    """Prunes a model, proves the result and writes it.
+
+    Writes `model.onnx` (and `model.onnx.data`), `plan.json` and `report.json` into the folder `output`, all
+    of them or none. The input is never changed.
+
+    Raises:
+        UserError: something the user can mend; nothing was written.
+        CheckFailed: the result could not be proved equal to the masked source; nothing was written.
+    """
+    source_path, folder, options = Path(model), Path(output), options or Options()
+    clock = _Clock(progress)
+    with clock("open"):
+        source = modelfile.open_model(source_path)
+        modelfile.check_output_path(source, folder / "model.onnx")
+        external = _wants_external(source, options)
+        nodes = source.graph.num_nodes()
+        canonicalize(source)
+        feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
+    with clock("infer axes") as effect:
+        structures = analyse(source.clone())
+        before = _figures(source, source_path, count_flops(structures.analysis), nodes)
+        before.sha256 = sha256(source_path)
+        effect["structures"] = len(structures.found)
+    fractions, asked, notes = _fractions(structures, options)
+    decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
+    _refuse_the_impossible(decisions, fractions, options, structures)
+    with clock("score"):
+        wanted = [decision.structure for decision in decisions if not decision.reason]
+        scores = _criterion(options)(wanted)
+    with clock("choose") as effect:
+        selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
+        effect["cut"] = len(selection.kept)
+        _refuse_nothing(decisions)
+    structure_reports, pins = _structure_reports(structures, decisions, scores), _pin_counts(structures)
+    with clock("remove and repair") as effect:
+        after_flops = count_flops(structures.analysis, selection)
+        cut = apply_selection(structures, selection)
+        plan = cut.plan({"file": source_path.name, "sha256": before.sha256})
+        effect.update(initializers=len({r.initializer for r in cut.removals}), repairs=cut.repairs)
+    with _staging(folder) as staged:
+        with clock("write"):
+            modelfile.save_model(cut.model, staged / "model.onnx", external=external)
+        with clock("check"):
+            notes += check_onnx(staged / "model.onnx", source_path)
+            pruned = modelfile.open_model(staged / "model.onnx")
+            proof = check_masked(
+                source,
+                plan,
+                canonicalize(pruned),
+                feeds=feeds,
+                tolerance=options.check.tolerance,
+                scratch=staged,
+                step=progress,
+            )
+            _refuse_failure(proof)
+        report = Report(
+            source=before,
+            result=_figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
+            passes=clock.passes,
+            structures=structure_reports,
+            pins=pins,
+            check=_proof_json(proof),
+            options=options.model_dump(mode="json"),
+            versions=_versions(),
+            notes=notes,
+        )
+        report.result.sha256 = sha256(staged / "model.onnx")
+        (staged / "plan.json").write_text(json.dumps(plan.as_json()) + "\n")
+        report.write(staged / "report.json")
+        _publish(staged, folder)
+    return report
+
+
+def inspect(model: Path | str) -> Inspection:
+    """Finds all prunable structures of a model and every reason why an axis must stay.
+
+    Raises UserError if the model cannot be read.
+    """
+    path = Path(model)
+    started = time.perf_counter()
+    source = modelfile.open_model(path)
+    nodes = source.graph.num_nodes()
+    structures = analyse(canonicalize(source))
+    figures = _figures(source, path, count_flops(structures.analysis), nodes)
+    reports = _structure_reports(structures, [], {})
+    return Inspection(figures, reports, _pin_counts(structures), time.perf_counter() - started)
+
+
+def check(
+    source: Path | str,
+    plan: Path | str,
+    pruned: Path | str,
+    *,
+    inputs: Path | None = None,
+    tolerance: float = 1e-4,
+    progress: Progress = lambda _: None,
+) -> Proof:
+    """Repeats the proof of a pruned model from its plan alone.
+
+    Raises:
+        UserError: a file cannot be read, or the plan belongs to another source.
+        CheckFailed: masked source and pruned model differ.
+    """
+    recipe = Plan.read(Path(plan))
+    if recipe.source.get("sha256") != sha256(_existing(Path(source))):
+        raise UserError(
+            f"{source} is not the source of {plan} (its sha256 differs): pass the file that was pruned"
+        )
+    model = canonicalize(modelfile.open_model(source))
+    feeds = None if inputs is None else load_feeds(inputs, model)
+    result = canonicalize(modelfile.open_model(pruned))
+    proof = check_masked(model, recipe, result, feeds=feeds, tolerance=tolerance, step=progress)
+    _refuse_failure(proof)
+    return proof
+
+
+# --- what to cut
+
+
+def _fractions(structures: Structures, options: Options) -> tuple[dict[str, float], bool, list[str]]:
+    if options.pruning.sparsity_level:
+        return dict(options.pruning.sparsity_level), True, []
+    found = {structure.kind for structure in structures.found if not structure.pins}
+    usual: list[str] = ["query-head", "ffn-channel"]
+    kinds = [kind for kind in usual if kind in found]
+    if not kinds and "conv-channel" in found:
+        kinds.append("conv-channel")
+    what = " and ".join(f"{kind}s" for kind in kinds)
+    note = f"no --prune given: removing a quarter of the {what}, as near as their counts allow"
+    return {kind: DEFAULT_FRACTION for kind in kinds}, False, [note]
+
+
+def _refuse_the_impossible(
+    decisions: list[Decision], fractions: dict[str, float], options: Options, structures: Structures
+) -> None:
+    """Raises UserError for globs that match nothing and kinds that cannot be cut at all."""
+    names = [structure.id for structure in structures.found]
+    for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
+        if not any(matches(name, (glob,)) for name in names):
+            raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
+    if not fractions:
+        raise UserError("nothing in this model can be pruned: onnx-autoglm inspect shows every reason")
+    for kind in fractions:
+        row = [decision for decision in decisions if decision.structure.kind == kind]
+        if not row:
+            present = sorted({structure.kind for structure in structures.found}) or ["none"]
+            raise UserError(f"this model has no {kind}; it has {', '.join(present)}")
+        if all(decision.reason for decision in row):
+            raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
+
+
+def _refuse_nothing(decisions: list[Decision]) -> None:
+    if all(decision.keep == decision.structure.size for decision in decisions):
+        first = next(decision for decision in decisions)
+        raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
+
+
+def _criterion(options: Options) -> Callable[[list[Structure]], dict[Structure, Scores]]:
+    if options.pruning.algorithm == "random":
+        return ScoreRandom(options.pruning.seed)
+    return ScoreNorm(1 if options.pruning.algorithm == "l1" else 2)
+
+
+# --- files
+
+
+def _wants_external(source: ir.Model, options: Options) -> bool | None:
+    if options.external_data is not None:
+        return options.external_data
+    return True if modelfile.has_external_data(source) else None
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    return path
+
+
+@contextlib.contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, on the same disk; gone afterwards, whatever happens."""
+    parent = folder.absolute().parent
+    created = [path for path in (parent, *parent.parents) if not path.exists()]
+    staged = parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        try:
+            staged.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {parent}: {error.strerror}; choose another output folder"
+            ) from error
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _publish(staged: Path, folder: Path) -> None:
+    """Moves the finished files into place, weights first, so that a model never lacks its data."""
+    folder.mkdir(exist_ok=True)
+    names = ["model.onnx.data", "model.onnx", "plan.json", "report.json"]
+    stale = folder / "model.onnx.data"
+    inline = not (staged / "model.onnx.data").exists()
+    for name in names:
+        if (staged / name).exists():
+            os.replace(staged / name, folder / name)
+    if inline:
+        stale.unlink(missing_ok=True)
+
+
+def _refuse_failure(proof: Proof) -> None:
+    if proof.holds:
+        return
+    difference = proof.difference
+    if difference.inconclusive:
+        raise CheckFailed(
+            f"the proof is inconclusive: {difference.inconclusive}; pass sample inputs with --inputs"
+        )
+    detail = (
+        difference.reason or f"relative difference {difference.relative:.1e}, allowed {proof.tolerance:.0e}"
+    )
+    raise CheckFailed(f"masked source and pruned model differ at output {difference.output}: {detail}")
+
+
+# --- the report
+
+
+class _Clock:
+    """Times the passes and tells the user which one runs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.passes: list[dict[str, Any]] = []
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        self._progress(name)
+        started = time.perf_counter()
+        effect: dict[str, Any] = {}
+        yield effect
+        self.passes.append({"name": name, "seconds": round(time.perf_counter() - started, 3), **effect})
+
+
+def _figures(model: ir.Model, path: Path, flops: int, nodes: int) -> ModelFigures:
+    return ModelFigures(
+        file=path.name,
+        parameters=modelfile.parameters(model),
+        bytes=modelfile.weight_bytes(model),
+        flops=flops,
+        nodes=nodes,
+    )
+
+
+def _structure_reports(
+    structures: Structures, decisions: list[Decision], scores: dict[Structure, Scores]
+) -> list[StructureReport]:
+    decided = {decision.structure: decision for decision in decisions}
+    total = max(sum(_entries(value) for value in structures.analysis.graph.initializers.values()), 1)
+    reports = []
+    for structure in structures.found:
+        decision = decided.get(structure)
+        reports.append(
+            StructureReport(
+                id=structure.id,
+                kind=structure.kind,
+                size=structure.size,
+                groups=structure.groups,
+                kept=decision.keep if decision else structure.size,
+                parameters=structure.parameters,
+                share=structure.parameters / total,
+                cost_per_index=structure.cost,
+                scores=_summary(scores.get(structure)),
+                interface=structure.interface,
+                pins=[str(pin) for pin in structure.pins],
+                reason=decision.reason if decision else "",
+            )
+        )
+    return reports
+
+
+def _entries(value: ir.Value) -> int:
+    return 0 if value.const_value is None else int(value.const_value.size)
+
+
+def _summary(scores: Scores | None) -> dict[str, float]:
+    if scores is None:
+        return {}
+    return {
+        "min": float(scores.min()),
+        "mean": float(scores.mean()),
+        "max": float(scores.max()),
+        "std": float(scores.std()),
+    }
+
+
+def _pin_counts(structures: Structures) -> dict[str, int]:
+    """Every reason why an axis of a structure stays, most frequent first."""
+    counts = Counter(str(pin) for structure in structures.found for pin in structure.pins)
+    return dict(counts.most_common())
+
+
+def _proof_json(proof: Proof) -> dict[str, Any]:
+    return {
+        "relative_difference": proof.difference.relative,
+        "output": proof.difference.output,
+        "tolerance": proof.tolerance,
+        "precision": proof.precision,
+        "inputs": proof.inputs,
+    }
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("onnx-autoglm", "onnx", "onnx-ir", "onnxruntime", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,176 @@
+"""The report of a run: data for `report.json`, and tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = "onnx-autoglm/report"
+VERSION = 1
+
+
+@dataclasses.dataclass
+class ModelFigures:
+    """What a model weighs. `flops` are multiply-adds of one run at batch 1 and sequence 128."""
+
+    file: str
+    parameters: int
+    bytes: int
+    flops: int
+    nodes: int
+    sha256: str = ""
+
+
+@dataclasses.dataclass
+class StructureReport:
+    """One structure: `size` and `kept` count indices per selection, of which there are `groups`."""
+
+    id: str
+    kind: str
+    size: int
+    groups: int
+    kept: int
+    parameters: int
+    share: float
+    cost_per_index: float
+    scores: dict[str, float]
+    interface: list[str]
+    pins: list[str]
+    reason: str = ""
+
+
+@dataclasses.dataclass
+class Inspection:
+    """What `inspect` finds in a model."""
+
+    source: ModelFigures
+    structures: list[StructureReport]
+    pins: dict[str, int]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": "onnx-autoglm/inspection", "version": VERSION, **dataclasses.asdict(self)}
+
+    def print(self, console: Console) -> None:
+        """Writes the table of structures and of pins."""
+        from rich.table import Table
+
+        _print_figures(console, self.source, None)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for name in ("layer", "kind"):
+            table.add_column(name)
+        for name in ("count", "size", "share"):
+            table.add_column(name, justify="right")
+        table.add_column("remarks", style="dim")
+        for entry in self.structures:
+            table.add_row(
+                entry.id,
+                entry.kind,
+                str(entry.groups),
+                str(entry.size),
+                f"{100 * entry.share:.1f} %",
+                _remark(entry),
+                style="dim" if entry.pins else None,
+            )
+        console.print(table)
+        if self.pins:
+            console.print("\n[bold]Axes that stay as they are, and why[/bold]")
+            for reason, count in self.pins.items():
+                console.print(f"  {count} x {reason}", highlight=False, markup=False)
+
+
+def _remark(entry: StructureReport) -> str:
+    if entry.pins:
+        more = f" (+{len(entry.pins) - 1} more)" if len(entry.pins) > 1 else ""
+        return f"pinned: {entry.pins[0]}{more}"
+    if entry.interface:
+        return f"changes {', '.join(entry.interface[:2])}{', ...' if len(entry.interface) > 2 else ''}"
+    return ""
+
+
+@dataclasses.dataclass
+class Report:
+    """The outcome of `optimize`, as `report.json` has it."""
+
+    source: ModelFigures
+    result: ModelFigures
+    passes: list[dict[str, Any]]
+    structures: list[StructureReport]
+    pins: dict[str, int]
+    check: dict[str, Any]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+
+    def print(self, console: Console) -> None:
+        """Writes the closing tables."""
+        from rich.table import Table
+
+        _print_figures(console, self.source, self.result)
+        cut = [entry for entry in self.structures if entry.kept < entry.size]
+        rows: dict[str, dict[str, str]] = defaultdict(dict)
+        kinds: list[str] = []
+        for entry in cut:
+            layer = entry.id.split("/")[0]
+            each = f" x{entry.groups}" if entry.groups > 1 else ""
+            rows[layer][entry.kind] = f"{entry.kept}/{entry.size}{each}"
+            if entry.kind not in kinds:
+                kinds.append(entry.kind)
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("kept")
+        for kind in kinds:
+            table.add_column(kind, justify="right")
+        for layer, cells in rows.items():
+            table.add_row(layer, *(cells.get(kind, "") for kind in kinds))
+        console.print(table)
+        self._print_left_alone(console)
+        for note in self.notes:
+            console.print(f"note: {note}", highlight=False, markup=False)
+        relative, limit = self.check["relative_difference"], self.check["tolerance"]
+        console.print(f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e})")
+
+    def _print_left_alone(self, console: Console) -> None:
+        reasons: Counter[tuple[str, str]] = Counter()
+        for entry in self.structures:
+            if entry.kept == entry.size and entry.reason:
+                reasons[entry.kind, entry.reason] += 1
+        if not reasons:
+            return
+        console.print("\n[bold]Left alone, and why[/bold]")
+        for (kind, reason), count in reasons.most_common(12):
+            console.print(f"  {count} x {kind}: {reason}", highlight=False, markup=False)
+        if len(reasons) > 12:
+            console.print(f"  ... and {len(reasons) - 12} more reasons in report.json")
+
+
+def _print_figures(console: Console, before: ModelFigures, after: ModelFigures | None) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("")
+    table.add_column("source", justify="right")
+    if after is not None:
+        table.add_column("result", justify="right")
+        table.add_column("change", justify="right")
+    for name in ("parameters", "bytes", "flops", "nodes"):
+        old = getattr(before, name)
+        cells = [name, f"{old:,}"]
+        if after is not None:
+            new = getattr(after, name)
+            change = 100 * (new - old) / old if old else 0.0
+            cells += [f"{new:,}", f"{change:+.1f} %"]
+        table.add_row(*cells)
+    console.print(table)
+    console.print()

@@ -1,0 +1,194 @@
+"""Chooses what stays, from scores and the user's fractions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from onnx_autoglm.axes.selection import Selection
+from onnx_autoglm.axes.structures import Structure
+from onnx_autoglm.kinds import ALIGNED
+from onnx_autoglm.options import PruningOptions, matches
+from onnx_autoglm.passes.score_norm import Scores
+
+
+@dataclasses.dataclass
+class Decision:
+    """What becomes of one structure that the user asked about; `reason` says why nothing was removed."""
+
+    structure: Structure
+    keep: int
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choose:
+    """Turns scores into a selection under the fractions of `PruningOptions`."""
+
+    options: PruningOptions
+
+    def __call__(
+        self,
+        structures: Sequence[Structure],
+        scores: Mapping[Structure, Scores],
+        fractions: Mapping[str, float],
+    ) -> tuple[Selection, list[Decision]]:
+        return choose(structures, scores, fractions, self.options)
+
+
+def candidates(
+    structures: Sequence[Structure], fractions: Mapping[str, float], options: PruningOptions, *, asked: bool
+) -> list[Decision]:
+    """One decision per structure of the kinds in `fractions`; those with a reason stay whole.
+
+    Args:
+        asked: whether the user named the kinds. Only then may the shape of a cache change.
+    """
+    by_kind: dict[str, list[Structure]] = defaultdict(list)
+    for structure in structures:
+        if structure.kind in fractions:
+            by_kind[structure.kind].append(structure)
+    decisions = []
+    for row in by_kind.values():
+        count = len(row)
+        for position, structure in enumerate(row):
+            reason = _why_not(structure, row, options, asked)
+            if not reason and (position < options.protect_first or position >= count - options.protect_last):
+                reason = "protected"
+            decisions.append(Decision(structure, structure.size, reason))
+    return decisions
+
+
+def _why_not(structure: Structure, row: list[Structure], options: PruningOptions, asked: bool) -> str:
+    if structure.pins:
+        return "; ".join(str(pin) for pin in structure.pins[:3])
+    if options.target_layers and not matches(structure.id, options.target_layers):
+        return "not included"
+    if matches(structure.id, options.exclude_layers):
+        return "excluded"
+    if structure.interface and not asked:
+        return f"would change the shape of {', '.join(structure.interface[:2])}: ask with --prune {structure.kind}="
+    inner = [other for other in row if structure.atom in other.outers and not other.pins]
+    if inner:
+        return f"its inner factor {inner[0].id} is cut instead"
+    return ""
+
+
+def choose(
+    structures: Sequence[Structure],
+    scores: Mapping[Structure, Scores],
+    fractions: Mapping[str, float],
+    options: PruningOptions,
+    decisions: list[Decision] | None = None,
+) -> tuple[Selection, list[Decision]]:
+    """Decides how many indices of each structure stay, and which: those of highest score.
+
+    A fraction is what is removed, rounded to the nearest count; ties remove less.
+    """
+    decisions = candidates(structures, fractions, options, asked=True) if decisions is None else decisions
+    selection = Selection()
+    for kind, fraction in fractions.items():
+        row = [
+            _Layer(decision, scores[decision.structure], options)
+            for decision in decisions
+            if decision.structure.kind == kind and not decision.reason
+        ]
+        if options.scope == "global":
+            _spend(row, fraction * sum(layer.parameters for layer in row))
+        else:
+            _per_layer(row, fraction)
+        for layer in row:
+            layer.select(selection)
+    return selection, decisions
+
+
+def _per_layer(row: list[_Layer], fraction: float) -> None:
+    wanted = 0.0
+    for layer in row:
+        size = layer.structure.size
+        removed = int(np.ceil(fraction * size - 0.5))
+        layer.keep = layer.rounded_up(size - removed)
+        wanted += removed * layer.cost
+    if any(layer.tile > 1 for layer in row):
+        _spend(row, wanted)
+
+
+def _spend(row: list[_Layer], budget: float) -> None:
+    """Removes the cheapest tile of all layers until the budget of parameters is spent, to the nearest."""
+    spent = sum((layer.structure.size - layer.keep) * layer.cost for layer in row)
+    while True:
+        steps = [
+            (layer.next_score(), index) for index, layer in enumerate(row) if layer.next_keep() is not None
+        ]
+        if not steps:
+            return
+        layer = row[min(steps)[1]]
+        following = layer.next_keep()
+        assert following is not None
+        step = (layer.keep - following) * layer.cost
+        if spent + step / 2 > budget:
+            return
+        layer.keep = following
+        spent += step
+
+
+class _Layer:
+    """One structure while its count is being decided."""
+
+    def __init__(self, decision: Decision, scores: Scores, options: PruningOptions) -> None:
+        self.decision = decision
+        self.structure = decision.structure
+        self.tile = options.align if self.structure.kind in ALIGNED else 1
+        self.floor = min(max(self.structure.floor, options.min_keep, self.tile), self.structure.size)
+        self.keep = self.structure.size
+        self.cost = self.structure.cost * self.structure.groups
+        self.scores = scores
+        ascending = np.sort(scores.reshape(-1, self.structure.size), axis=-1)
+        self.ladder = _normalise(ascending, options.normalize).mean(axis=0)
+
+    @property
+    def parameters(self) -> float:
+        return self.cost * self.structure.size
+
+    def rounded_up(self, count: int) -> int:
+        return min(max(-(-count // self.tile) * self.tile, self.floor), self.structure.size)
+
+    def next_keep(self) -> int | None:
+        """The next smaller count that is aligned and above the floor."""
+        following = (self.keep - 1) // self.tile * self.tile
+        return following if following >= self.floor else None
+
+    def next_score(self) -> float:
+        """The mean score of the indices that the next step would remove."""
+        following = self.next_keep()
+        assert following is not None
+        size = self.structure.size
+        return float(self.ladder[size - self.keep : size - following].mean())
+
+    def select(self, selection: Selection) -> None:
+        structure = self.structure
+        self.decision.keep = self.keep
+        if self.keep == structure.size:
+            self.decision.reason = (
+                f"the fraction leaves all {structure.size} (floor {self.floor}, tile {self.tile})"
+            )
+            return
+        order = np.argsort(-self.scores, axis=-1, kind="stable")
+        mask = np.zeros(self.scores.shape, dtype=bool)
+        np.put_along_axis(mask, order[..., : self.keep], True, axis=-1)
+        selection.keep(structure.atom, structure.outers, mask)
+
+
+def _normalise(scores: Scores, how: str) -> Scores:
+    """Makes the scores of one layer comparable with others; formulas as in DepGraph."""
+    tiny = float(np.finfo(np.float64).tiny)
+    if how == "mean":
+        return scores / max(float(scores.mean()), tiny)
+    if how == "max":
+        return scores / max(float(scores.max()), tiny)
+    if how == "z-score":
+        return (scores - scores.mean()) / max(float(scores.std()), tiny)
+    return scores
