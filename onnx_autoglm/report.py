@@ -123,9 +123,11 @@ class Report:
         rows: dict[str, dict[str, str]] = defaultdict(dict)
         kinds: list[str] = []
         for entry in cut:
-            layer = entry.id.split("/")[0]
+            layer = entry.id.split(":")[0]
             each = f" x{entry.groups}" if entry.groups > 1 else ""
-            rows[layer][entry.kind] = f"{entry.kept}/{entry.size}{each}"
+            cell = f"{entry.kept}/{entry.size}{each}"
+            before = rows[layer].get(entry.kind)
+            rows[layer][entry.kind] = f"{before}, {cell}" if before else cell
             if entry.kind not in kinds:
                 kinds.append(entry.kind)
         table = Table(box=None, header_style="bold", pad_edge=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ def _mask_initializer(
                 node.replace_input_with(index, masked)
 
 
-def keep_mask(shape: tuple[int, ...], cuts: Iterable[dict[str, Any]]) -> np.ndarray:
+def keep_mask(shape: Sequence[int], cuts: Iterable[dict[str, Any]]) -> np.ndarray:
     """A boolean array that broadcasts to `shape`, True where every cut keeps the entry."""
     keep = np.ones([1] * len(shape), dtype=bool)
     for cut in cuts:

@@ -69,8 +69,10 @@ def summary(source: ir.Model) -> list[tuple[str, int]]:
 
 
 def reasons(source: ir.Model) -> str:
-    """All reasons for which some structure is left alone, as one text."""
-    return "\n".join(str(pin) for structure in structures(source) for pin in structure.pins)
+    """All reasons for which some axis or structure is left alone, as one text."""
+    found = analyse(source.clone())
+    stated = [str(pin) for _, pin in found.analysis.pins]
+    return "\n".join([*stated, *(str(pin) for structure in found for pin in structure.pins)])
 
 
 def prune(source: ir.Model, fractions: Mapping[str, float], seed: int = 0) -> Cut:

@@ -96,9 +96,9 @@ class Analysis:
             return
         self.weights.add(value)
         shape = list(tensor.shape.numpy())
-        if tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL:
-            if tensor.size <= known.MAX_ENTRIES and tensor.dtype.bitwidth >= 8:
-                self.contents[value] = known.constant(tensor.numpy())
+        whole = tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL
+        if whole and tensor.size <= known.MAX_ENTRIES and tensor.dtype.bitwidth >= 8:
+            self.contents[value] = known.constant(tensor.numpy())
         uses = value.uses()
         # Exporters merge equal vectors of different layers (biases of zeros, norms of ones). Each use of
         # a vector is its own axis, cloned on write; untying a shared matrix would duplicate it instead.
@@ -132,7 +132,7 @@ class Analysis:
 
     def _visit(self, node: ir.Node) -> None:
         op = Op(self, node)
-        if node.op_type in _MOVES and op.has(0) and op.is_weight(0):
+        if node.op_type in _MOVES and op.has(0) and op.is_weight(0) and not self._reads_rows(op):
             self.weights.update(node.outputs)
         if node.op_type in _MOVES and op.has(0) and op.value(0) in self.index_of:
             self.index_of.update((output, self.index_of[op.value(0)]) for output in node.outputs)
@@ -152,6 +152,13 @@ class Analysis:
         for output in node.outputs:
             if output not in self.values:
                 self.values[output] = self._declared_dims(output, "an output without a rule", node)
+
+    def _reads_rows(self, op: Op) -> bool:
+        """An embedding: rows of a table looked up by data are an activation, unlike selected experts."""
+        if op.node.op_type not in _LOOKS_UP:
+            return False
+        index = op.value(1)
+        return not (index in self.weights or index in self.contents or index in self.index_of)
 
     def _pin_used_indices(self, node: ir.Node) -> None:
         """An index selected along an axis may be looked up with; used as a number, it pins the axis."""

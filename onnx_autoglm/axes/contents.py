@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnx_autoglm.axes.dims import Dim
 from onnx_autoglm.axes.size import Poly, Size, add, exact_div, mul, sub
@@ -34,7 +35,7 @@ class Arithmetic:
 
 
 Entry = int | Extent | Arithmetic
-Contents = np.ndarray[Any, np.dtype[np.object_]]
+Contents = npt.NDArray[Any]  # of dtype object, holding entries
 
 
 def constant(values: np.ndarray[Any, Any]) -> Contents:
@@ -99,7 +100,7 @@ def _numbers(function: Callable[..., int]) -> Callable[..., Size | None]:
 def _divide(a: Size, b: Size) -> Size | None:
     """Integer division as ONNX defines it: towards zero."""
     if isinstance(a, int) and isinstance(b, int):
-        return int(np.trunc(a / b)) if b else None
+        return None if not b else a // b if (a < 0) == (b < 0) else -(-a // b)
     return exact_div(a, b)
 
 

@@ -26,7 +26,7 @@ def name_structures(entries: list[tuple[str, list[Place]]]) -> list[str]:
     seen: Counter[tuple[str, str]] = Counter()
     names = []
     for name, (kind, _) in zip(short, entries, strict=True):
-        unique = name if name and taken[name] == 1 else f"{name}/{kind}" if name else kind
+        unique = name if name and taken[name] == 1 else f"{name}:{kind}" if name else kind
         seen[name, kind] += 1
         if counts[name, kind] > 1:
             unique = f"{unique}.{seen[name, kind]}"

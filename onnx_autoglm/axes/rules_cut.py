@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.dims import UNIT, Dim
 from onnx_autoglm.axes.facts import PinKind, Role
@@ -188,8 +190,8 @@ def _pick(op: Op, dim: Dim, indices: list[int]) -> Dim:
     total = ax.size_of(dim)
     if total == 1 and set(indices) == {0}:
         return op.born(len(indices), "repeated by a Gather")
-    steps = {after - before for before, after in zip(indices, indices[1:], strict=False)}
-    if isinstance(total, int) and len(steps) <= 1 and all(index >= 0 for index in indices):
+    steps = {after - before for before, after in itertools.pairwise(indices)}
+    if isinstance(total, int) and indices and len(steps) <= 1 and all(index >= 0 for index in indices):
         step = steps.pop() if steps else 1
         if step > 0:
             return window(

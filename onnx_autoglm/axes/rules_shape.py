@@ -14,7 +14,8 @@ def reshape(op: Op) -> None:
     An axis given as -1 is what is left between the axes before it and those after it.
     """
     dims = op.dims(0)
-    target: list[Size | None] | None = op.numbers(1) if op.has(1) else [*(op.attr_ints("shape") or [])]
+    listed: list[Size | None] = [*(op.attr_ints("shape") or [])]
+    target = op.numbers(1) if op.has(1) else listed
     if target is None:
         raise Unknown("the target shape is computed from data")
     keeps_zero = op.attr_int("allowzero", 0) == 1
@@ -105,7 +106,7 @@ def expand(op: Op) -> None:
         raise Unknown("the target shape is computed from data")
     rank = max(len(dims), len(target))
     padded: list[Dim] = [UNIT] * (rank - len(dims)) + dims
-    sizes: list[Size | None] = [1] * (rank - len(target)) + list(target)
+    sizes: list[Size | None] = [*([1] * (rank - len(target))), *target]
     outputs: list[Dim] = []
     for dim, size in zip(padded, sizes, strict=True):
         if ax.resolve(dim):

@@ -103,8 +103,8 @@ def find_structures(analysis: Analysis) -> Structures:
     _add_zero_pins(analysis, pins, places)
     groups = _kv_groups(analysis, places)
     candidates: dict[Atom, str] = {}
-    for atom in places:
-        kind = _kind(atom, set(roles[atom]), set(pins[atom]), places[atom], groups)
+    for atom in list(places):
+        kind = _kind(set(roles[atom]), set(pins[atom]), is_group=atom in groups)
         if kind is not None and isinstance(atom.size, int):
             candidates[atom] = kind
     experts = {atom for atom, kind in candidates.items() if kind == "expert"}
@@ -176,12 +176,12 @@ def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]
     return groups
 
 
-def _kind(atom: Atom, roles: set[Role], pins: set[Pin], places: list[Place], groups: set[Atom]) -> str | None:
+def _kind(roles: set[Role], pins: set[Pin], *, is_group: bool) -> str | None:
     pinned = {pin.kind for pin in pins}
     if not roles & {Role.MADE, Role.CONTRACTED, Role.STACKED, Role.CONVOLVED}:
         return None  # positions and batches take part in products too, but no weight makes them
     if Role.HEAD in roles:
-        return "kv-group" if atom in groups else "query-head"
+        return "kv-group" if is_group else "query-head"
     if Role.SCORED in roles:
         return "qk-pair"
     if Role.CARRIED in roles:
