@@ -4,7 +4,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm import lean
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.upcast import Float32Tensor
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 EMBED_BYTES = 4096  # smaller tensors travel inside the model
-CAST_BYTES = 512 << 20  # larger float32 weights should not be in memory as a whole
 ALIGNMENT = 4096
 MESSAGE_LENGTH = 300
 RELATIVE_FLOOR = 1e-6
@@ -186,9 +185,7 @@ def _skeleton(model: ir.Model, spill: Path, *, cast_when_run: bool) -> tuple[byt
     Tensors that lie in no file are written to `spill`.
     """
     copy = model.clone()
-    if cast_when_run:
-        _cast_when_run(copy.graph)
-    _delay_weight_work(copy.graph)
+    lean.prepare(copy, cast_when_run=cast_when_run)
     placer = _Placer(_tensors(copy), spill)
     for value in _initializers(copy):
         assert value.const_value is not None
@@ -196,31 +193,6 @@ def _skeleton(model: ir.Model, spill: Path, *, cast_when_run: bool) -> tuple[byt
     for node, name, tensor in _attribute_tensors(copy):
         node.attributes[name] = ir.AttrTensor(name, placer.place(tensor))
     return ir.serde.serialize_model(copy).SerializeToString(), placer.root
-
-
-def _cast_when_run(graph: ir.Graph) -> None:
-    """Let ONNX Runtime upcast 16-bit weights from their file, one at a time, instead of writing them out."""
-    for value in list(graph.initializers.values()):
-        tensor = value.const_value
-        if (
-            not isinstance(tensor, Float32Tensor)
-            or not isinstance(tensor.source, ir.ExternalTensor)
-            or not EMBED_BYTES <= tensor.nbytes <= CAST_BYTES
-            or value.is_graph_input()
-            or value.is_graph_output()
-        ):
-            continue
-        source, name = tensor.source, value.name
-        half = ir.Value(
-            name=f"{name}/16-bit", type=ir.TensorType(source.dtype), shape=tensor.shape, const_value=source
-        )
-        cast = ir.node("Cast", [half], {"to": int(ir.DataType.FLOAT)})
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        graph.initializers.pop(value.name or "")
-        graph.register_initializer(half)
-        cast.outputs[0].name = name
-        cast.outputs[0].type, cast.outputs[0].shape = value.type, tensor.shape
-        graph.insert_before(graph[0], cast)
 
 
 def _initializers(model: ir.Model) -> list[ir.Value]:
@@ -304,54 +276,6 @@ def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         tensor.tofile(file)  # in pieces, where the tensor knows how
     else:
         file.write(tensor.tobytes())
-
-
-def _delay_weight_work(graph: ir.Graph) -> None:
-    """Move every node that depends on weights alone to just before its first consumer."""
-    nodes = list(graph)
-    position = {node: index for index, node in enumerate(nodes)}
-    from_weights: set[ir.Node] = set()
-    for node in nodes:
-        if all(_is_weight(value, graph, from_weights) for value in _reads(node)):
-            from_weights.add(node)
-    order: dict[ir.Node, None] = {}
-    for node in nodes:
-        if node not in from_weights:
-            needed = _ancestors(node, from_weights, order)
-            order.update(dict.fromkeys([*sorted(needed, key=position.__getitem__), node]))
-    order.update(dict.fromkeys(nodes))  # what nothing but a graph output reads
-    graph.remove(nodes)
-    graph.extend(order)
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """The inputs of a node and of all nodes in its bodies."""
-    attributes = node.attributes.values()
-    bodies = [a.as_graph() for a in attributes if a.type == ir.AttributeType.GRAPH and not a.is_ref()]
-    inner = (value for body in bodies for child in body.all_nodes() for value in child.inputs)
-    return [value for value in (*node.inputs, *inner) if value is not None]
-
-
-def _is_weight(value: ir.Value, graph: ir.Graph, from_weights: set[ir.Node]) -> bool:
-    if value.graph is not graph:  # local to a body
-        return True
-    producer = value.producer()
-    if producer is not None:
-        return producer in from_weights
-    return value.is_initializer() and not value.is_graph_input()
-
-
-def _ancestors(node: ir.Node, among: set[ir.Node], done: Mapping[ir.Node, None]) -> set[ir.Node]:
-    """The ancestors of `node` within `among` that are not done yet."""
-    found: set[ir.Node] = set()
-    stack = [node]
-    while stack:
-        for value in _reads(stack.pop()):
-            producer = value.producer()
-            if producer in among and producer not in done and producer not in found:
-                found.add(producer)
-                stack.append(producer)
-    return found
 
 
 def _core_message(error: Exception) -> str:

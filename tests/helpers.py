@@ -57,9 +57,10 @@ def structures(source: ir.Model) -> list[Structure]:
 
 
 def the(source: ir.Model, kind: str) -> Structure:
-    """The only structure of a kind."""
+    """The only structure of a kind that can be cut, or the only one that cannot if none can."""
     found = [structure for structure in structures(source) if structure.kind == kind]
-    assert len(found) == 1, f"{len(found)} structures of kind {kind} in {summary(source)}"
+    found = [structure for structure in found if not structure.pins] or found
+    assert len(found) == 1, f"{len(found)} structures of kind {kind}; free are {summary(source)}"
     return found[0]
 
 

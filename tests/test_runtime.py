@@ -11,7 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.runtime import Session, _delay_weight_work, compare
+from onnx_autoglm.lean import delay_weight_work
+from onnx_autoglm.runtime import Session, compare
 from onnx_autoglm.upcast import needs_upcast, upcast
 
 X = np.linspace(-1, 1, 2 * 64, dtype=np.float32).reshape(2, 64)
@@ -135,7 +136,7 @@ def test_bodies_and_constant_nodes_keep_their_weights(tmp_path: Path) -> None:
     added.outputs[0].shape = ir.Shape(["b", 64])
     model.graph.append(added)
     model.graph.outputs.append(added.outputs[0])
-    _delay_weight_work(model.graph)
+    delay_weight_work(model.graph)
     assert [node.op_type for node in model.graph] == ["Mul", "If", "Constant", "MatMul"]
     session = Session(model)
 

@@ -27,7 +27,7 @@ from onnx_autoglm.axes.size import Size, parse, symbol
 # Ops through which a weight stays a weight: they move or select its entries.
 _MOVES = frozenset(
     "Identity Cast CastLike Reshape Transpose Squeeze Unsqueeze Flatten Expand Slice Split Concat Gather "
-    "GatherND DequantizeLinear".split()
+    "GatherND QuantizeLinear DequantizeLinear".split()
 )
 _LOOKS_UP = frozenset("Gather GatherND GatherElements ScatterElements".split())
 
@@ -132,7 +132,7 @@ class Analysis:
 
     def _visit(self, node: ir.Node) -> None:
         op = Op(self, node)
-        if node.op_type in _MOVES and op.has(0) and op.is_weight(0) and not self._reads_rows(op):
+        if self._moves_weight(op):
             self.weights.update(node.outputs)
         if node.op_type in _MOVES and op.has(0) and op.value(0) in self.index_of:
             self.index_of.update((output, self.index_of[op.value(0)]) for output in node.outputs)
@@ -153,12 +153,15 @@ class Analysis:
             if output not in self.values:
                 self.values[output] = self._declared_dims(output, "an output without a rule", node)
 
-    def _reads_rows(self, op: Op) -> bool:
-        """An embedding: rows of a table looked up by data are an activation, unlike selected experts."""
-        if op.node.op_type not in _LOOKS_UP:
+    def _moves_weight(self, op: Op) -> bool:
+        """Rows that data looks up in a table are an activation, unlike experts that were selected."""
+        if op.node.op_type not in _MOVES or not op.has(0):
             return False
-        index = op.value(1)
-        return not (index in self.weights or index in self.contents or index in self.index_of)
+        if op.node.op_type == "Concat":
+            return all(op.is_weight(index) for index in range(len(op.node.inputs)))
+        index = op.value(1) if op.node.op_type in _LOOKS_UP else None
+        known = index is None or any(index in found for found in (self.weights, self.contents, self.index_of))
+        return op.is_weight(0) and known
 
     def _pin_used_indices(self, node: ir.Node) -> None:
         """An index selected along an axis may be looked up with; used as a number, it pins the axis."""

@@ -53,15 +53,14 @@ def array(entries: list[Entry]) -> Contents:
 
 def apply(operator: str, *operands: Contents) -> Contents:
     """The operator over broadcast operands, numbers folded at once."""
-    arrays = np.broadcast_arrays(*operands)
+    arrays: list[Contents] = list(np.broadcast_arrays(*operands))
     result = np.empty(arrays[0].shape, dtype=object)
     for index in np.ndindex(result.shape):
-        entries = tuple(operand[index] for operand in arrays)
-        result[index] = _fold(operator, entries)
+        result[index] = _fold(operator, tuple(operand[index] for operand in arrays))
     return result
 
 
-def _fold(operator: str, entries: tuple[Entry, ...]) -> Entry:
+def _fold(operator: str, entries: tuple[Any, ...]) -> Entry:
     if all(isinstance(entry, int) for entry in entries):
         value = OPERATORS[operator](*entries)
         if isinstance(value, int):

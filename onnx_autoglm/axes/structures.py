@@ -164,16 +164,26 @@ def _add_zero_pins(analysis: Analysis, pins: dict[Atom, list[Pin]], places: dict
 
 
 def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]:
-    """Head atoms under which another head atom lives in fewer weights: `kv` above `rep`."""
+    """Head atoms under which another head atom lives in fewer places: `kv` above `rep`.
+
+    Places are counted, since one fused weight `[q|k|v]` holds `rep` once and `kv` three times.
+    """
     heads: dict[ir.Node, set[Atom]] = defaultdict(set)
     for dim, role, node in analysis.roles:
         if role == Role.HEAD:
             heads[node].update(atom for atom in leaves(dim) if atom in places)
     groups: set[Atom] = set()
     for atoms in heads.values():
-        held = {atom: {place.use for place in places[atom]} for atom in atoms}
+        held = {atom: _occurrences(atom, places[atom]) for atom in atoms}
         groups.update(a for a in atoms if any(held[b] < held[a] for b in atoms))
     return groups
+
+
+def _occurrences(atom: Atom, places: list[Place]) -> Counter[Use]:
+    counts: Counter[Use] = Counter()
+    for place in places:
+        counts[place.use] += leaves(place.use.dims[place.axis]).count(atom)
+    return counts
 
 
 def _kind(roles: set[Role], pins: set[Pin], *, is_group: bool) -> str | None:
@@ -182,6 +192,8 @@ def _kind(roles: set[Role], pins: set[Pin], *, is_group: bool) -> str | None:
         return None  # positions and batches take part in products too, but no weight makes them
     if Role.HEAD in roles:
         return "kv-group" if is_group else "query-head"
+    if Role.STACKED in roles and Role.SCORED in roles:
+        return "expert"  # mixed by a product of router weights and expert outputs
     if Role.SCORED in roles:
         return "qk-pair"
     if Role.CARRIED in roles:
