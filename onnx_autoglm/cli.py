@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import Options, make_options, read_config
+from onnx_autoglm.options import Flag, collect, flags
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
 
@@ -61,35 +59,12 @@ def cli() -> None:
 # --- options from fields
 
 
-def _fields(
-    model: type[BaseModel], path: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """All leaf fields of nested option models with their paths."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _fields(kind, (*path, name))
-        else:
-            yield (*path, name), field
-
-
-def _extra(field: FieldInfo, key: str) -> Any:
-    extra = field.json_schema_extra
-    return extra.get(key) if isinstance(extra, dict) else None
-
-
-def _option(path: tuple[str, ...], field: FieldInfo) -> click.Option:
+def _option(flag: Flag) -> click.Option:
     """The command-line option of a field: its type, help text and default."""
-    flag = _extra(field, "flag") or "--" + path[-1].replace("_", "-")
-    settings: dict[str, Any] = {
-        "help": field.description,
-        "metavar": _extra(field, "metavar"),
-        "default": None,
-    }
-    kind, default = field.annotation, field.default
+    settings: dict[str, Any] = {"help": flag.field.description, "metavar": flag.metavar, "default": None}
+    kind, default = flag.field.annotation, flag.field.default
     if kind == (bool | None):
-        declaration = f"{flag}/--no-{flag[2:]}"
-        return click.Option([declaration, "__".join(path)], **settings)
+        return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
     if get_origin(kind) is Literal:
         settings["type"] = click.Choice([str(value) for value in get_args(kind)])
     elif get_origin(kind) in (tuple, dict):
@@ -97,26 +72,13 @@ def _option(path: tuple[str, ...], field: FieldInfo) -> click.Option:
     elif kind in (int, float):
         settings["type"] = kind
     if isinstance(default, str | int | float):
-        settings["help"] = f"{field.description}  [default: {default}]"
-    return click.Option([flag, "__".join(path)], **settings)
+        settings["help"] = f"{flag.field.description}  [default: {default}]"
+    return click.Option([flag.name, flag.keyword], **settings)
 
 
-def _collect(given: dict[str, Any]) -> dict[str, Any]:
-    """Nested option data from what was given on the command line."""
-    data: dict[str, Any] = {}
-    for path, field in _fields(Options):
-        value = given.pop("__".join(path), None)
-        if value is None or value == ():
-            continue
-        if get_origin(field.annotation) is dict:
-            value = _fractions(value)
-        _put(data, path, value)
-    return data
-
-
-def _fractions(values: tuple[str, ...]) -> dict[str, float]:
+def _fractions(values: tuple[str, ...]) -> dict[str, float] | None:
     result: dict[str, float] = {}
-    for item in ",".join(values).split(","):
+    for item in ",".join(values).split(",") if values else ():
         kind, sign, number = item.strip().partition("=")
         try:
             result[kind] = float(number)
@@ -124,29 +86,13 @@ def _fractions(values: tuple[str, ...]) -> dict[str, float]:
             sign = ""
         if not sign or not kind:
             raise UserError(f"--prune {item!r}: write KIND=FRACTION, for example ffn-channel=0.25")
-    return result
-
-
-def _put(data: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for name in path[:-1]:
-        data = data.setdefault(name, {})
-    data[path[-1]] = value
-
-
-def _merge(config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The command line over the configuration file; the fractions of --prune replace those of the file."""
-    merged = dict(config)
-    for name, value in given.items():
-        old = merged.get(name)
-        nested = isinstance(value, dict) and isinstance(old, dict) and name != "sparsity_level"
-        merged[name] = _merge(old, value) if nested and isinstance(old, dict) else value
-    return merged
+    return result or None
 
 
 # --- commands
 
 
-@cli.command(params=[_option(path, field) for path, field in _fields(Options)])
+@cli.command(params=[_option(flag) for flag in flags()])
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -170,9 +116,7 @@ def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool,
       onnx-autoglm optimize model.onnx -o out --prune ffn-channel=0.3 --scope global --align 8
       onnx-autoglm optimize model.onnx -o out --config pruning.yaml
     """
-    options = make_options(
-        _merge(read_config(config) if config else {}, _collect(given)), str(config) if config else "options"
-    )
+    options = collect({**given, "prune": _fractions(given["prune"])}, config)
     folder = output or model.with_name(f"{model.stem}-pruned")
     from onnx_autoglm import pipeline
 

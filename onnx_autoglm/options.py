@@ -6,11 +6,14 @@ description is its help text, its `flag` the name on the command line where that
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS
@@ -118,6 +121,59 @@ class Options(_Options):
         default=None,
         description="Write weights to model.onnx.data. By default above 1 GB, or when the source has such a file.",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One option as users give it: `name` on the command line and in Python, `path` in the configuration."""
+
+    name: str
+    path: tuple[str, ...]
+    field: FieldInfo
+    metavar: str | None
+
+    @property
+    def keyword(self) -> str:
+        return self.name.removeprefix("--").replace("-", "_")
+
+
+def flags(model: type[BaseModel] = Options, path: tuple[str, ...] = ()) -> Iterator[Flag]:
+    """All options, in the order of their definition."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from flags(kind, (*path, name))
+            continue
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        flag, metavar = extra.get("flag"), extra.get("metavar")
+        yield Flag(
+            flag if isinstance(flag, str) else "--" + name.replace("_", "-"),
+            (*path, name),
+            field,
+            metavar if isinstance(metavar, str) else None,
+        )
+
+
+def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Options:
+    """Options from keywords (named as the flags) over a configuration file.
+
+    Raises:
+        UserError: an unknown keyword or a value that is not allowed.
+    """
+    known = {flag.keyword: flag for flag in flags()}
+    data = {} if config is None else read_config(Path(config))
+    for keyword, value in given.items():
+        if keyword not in known:
+            raise UserError(f"unknown option {keyword!r}; options are {', '.join(known)}")
+        if value is None or value == ():
+            continue
+        *sections, name = known[keyword].path
+        target = data
+        for section in sections:
+            target[section] = dict(target.get(section) or {})
+            target = target[section]
+        target[name] = value
+    return make_options(data, str(config) if config else "options")
 
 
 def make_options(data: dict[str, Any], where: str) -> Options:

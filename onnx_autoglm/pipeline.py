@@ -20,7 +20,7 @@ from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.feeds import load_feeds
 from onnx_autoglm.flops import count_flops
-from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
+from onnx_autoglm.options import DEFAULT_FRACTION, Options, collect, matches
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_onnx
@@ -38,18 +38,29 @@ def optimize(
     output: Path | str,
     options: Options | None = None,
     *,
+    config: Path | str | None = None,
     progress: Progress = lambda _: None,
+    **given: Any,
 ) -> Report:
     """Prunes a model, proves the result and writes it.
 
     Writes `model.onnx` (and `model.onnx.data`), `plan.json` and `report.json` into the folder `output`, all
     of them or none. The input is never changed.
 
+    Args:
+        model: the ONNX file.
+        output: the folder to write to; made if it does not exist.
+        options: all options; or give single ones by the names of the command line, such as
+            `prune={"ffn-channel": 0.25}, criterion="l1"`.
+        config: a YAML configuration file, below the single options.
+        progress: told which step runs.
+
     Raises:
         UserError: something the user can mend; nothing was written.
         CheckFailed: the result could not be proved equal to the masked source; nothing was written.
     """
-    source_path, folder, options = Path(model), Path(output), options or Options()
+    source_path, folder = Path(model), Path(output)
+    options = collect(given, config) if options is None else options
     clock = _Clock(progress)
     with clock("open"):
         source = modelfile.open_model(source_path)

@@ -18,7 +18,9 @@ from onnx_autoglm.plan import Plan
 from onnx_autoglm.tensor_slots import parameters
 
 
-def model(text: str, *, opset: int = 20, seed: int = 0, weights: Mapping[str, np.ndarray] | None = None) -> ir.Model:
+def model(
+    text: str, *, opset: int = 20, seed: int = 0, weights: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """A canonical model from ONNX text.
 
     Names that are declared in `<...>` behind the outputs, with a type but without a value, become initializers:
@@ -64,6 +66,17 @@ def the(source: ir.Model, kind: str) -> Structure:
     return found[0]
 
 
+def maker(source: ir.Model, name: str, axis: int = 1) -> str:
+    """The id of the only structure that can be cut on an axis of an initializer."""
+    (found,) = [
+        structure.id
+        for structure in structures(source)
+        if not structure.pins
+        and any(place.use.value.name == name and place.axis == axis for place in structure.places)
+    ]
+    return found
+
+
 def summary(source: ir.Model) -> list[tuple[str, int]]:
     """Kinds and sizes of all structures that can be cut, in a fixed order."""
     return sorted((structure.kind, structure.size) for structure in structures(source) if not structure.pins)
@@ -84,7 +97,9 @@ def prune(source: ir.Model, fractions: Mapping[str, float], seed: int = 0) -> Cu
         selection = Selection()
         for name, fraction in fractions.items():
             chosen = [s for s in found if name in (s.id, s.kind) and not s.pins]
-            assert chosen, f"nothing to cut for {name!r}; found {[(s.id, s.kind, s.size, s.pins) for s in found]}"
+            assert chosen, (
+                f"nothing to cut for {name!r}; found {[(s.id, s.kind, s.size, s.pins) for s in found]}"
+            )
             for structure in chosen:
                 outers = tuple(int(atom.size) for atom in structure.outers)  # type: ignore[arg-type]
                 count = max(structure.floor, round(structure.size * (1 - fraction)))

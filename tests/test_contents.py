@@ -17,7 +17,9 @@ B, S = symbol("B"), symbol("S")
 
 def followed(body: str, constants: str = "", opset: int = 20) -> list[object] | None:
     """What is known of `r` in a graph over `x`, a float[B,S,8,4], for the sizes of the source."""
-    source = model(f"g (float[B,S,8,4] x, int64[2] data) => (int64[n] r) <{constants}> {{ {body} }}", opset=opset)
+    source = model(
+        f"g (float[B,S,8,4] x, int64[2] data) => (int64[n] r) <{constants}> {{ {body} }}", opset=opset
+    )
     analysis = Analysis(source)
     contents = analysis.contents.get(source.graph.outputs[0])
     return None if contents is None else [evaluate(entry, size_of) for entry in contents.flat]

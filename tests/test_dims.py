@@ -285,7 +285,10 @@ def test_nested_views_unify_and_keep_their_sizes(views: tuple[list[int], list[in
 @given(st.data())
 def test_random_equations_keep_the_size_of_every_expression(data: st.DataObject) -> None:
     """Splits, cuts and unifications in any order, those that clash included, never change a size."""
-    dims = [fresh(size) for size in data.draw(st.lists(st.sampled_from([4, 6, 8, 12, 24]), min_size=2, max_size=5))]
+    dims = [
+        fresh(size)
+        for size in data.draw(st.lists(st.sampled_from([4, 6, 8, 12, 24]), min_size=2, max_size=5))
+    ]
     before = [size_of(dim) for dim in dims]
     for _ in range(data.draw(st.integers(1, 8))):
         dim = data.draw(st.sampled_from(dims))
@@ -318,7 +321,9 @@ def sum_of_parts_is_consistent(dim: Dim) -> bool:
 
 
 @given(two_views(), st.data())
-def test_a_successful_cut_partitions_the_axis(views: tuple[list[int], list[int]], data: st.DataObject) -> None:
+def test_a_successful_cut_partitions_the_axis(
+    views: tuple[list[int], list[int]], data: st.DataObject
+) -> None:
     dim = product(fresh(size) for size in views[0])
     total = math.prod(views[0])
     at = data.draw(st.integers(0, total))

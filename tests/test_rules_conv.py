@@ -56,7 +56,9 @@ def test_depthwise_convolutions_keep_one_filter_per_channel() -> None:
         """)
     assert summary(source) == [("conv-channel", 8)]
     cut = assert_prunes(source, {"conv-channel": 0.625})
-    assert [node.attributes["group"].as_int() for node in cut.model.graph if "group" in node.attributes] == [3]
+    assert [node.attributes["group"].as_int() for node in cut.model.graph if "group" in node.attributes] == [
+        3
+    ]
 
 
 def test_a_depthwise_multiplier_follows_its_channel() -> None:

@@ -92,7 +92,11 @@ def test_slice_backwards_is_refused() -> None:
 
 
 def test_a_stride_that_does_not_divide_is_refused() -> None:
-    source = ffn("r = Slice(h, o, e, d, t)", "int64[1] o={0}, int64[1] e={16}, int64[1] d={1}, int64[1] t={3}", hidden=6)
+    source = ffn(
+        "r = Slice(h, o, e, d, t)",
+        "int64[1] o={0}, int64[1] e={16}, int64[1] d={1}, int64[1] t={3}",
+        hidden=6,
+    )
     assert summary(source) == []
     assert "read with a stride of 3 that does not divide it (Slice r)" in reasons(source)
 

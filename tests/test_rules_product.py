@@ -41,7 +41,9 @@ def test_a_channel_that_weights_make_and_contract_is_an_ffn_channel() -> None:
     ],
 )  # fmt: skip
 def test_all_forms_of_a_product(first: str, second: str, weights: str) -> None:
-    source = model(f"g (float[N,6] x) => (float[N,6] y) <{weights}> {{ h = {first}  r = Relu(h)  y = {second} }}")
+    source = model(
+        f"g (float[N,6] x) => (float[N,6] y) <{weights}> {{ h = {first}  r = Relu(h)  y = {second} }}"
+    )
     assert summary(source) == [("ffn-channel", 16)]
     assert_prunes(source, {"ffn-channel": 0.5})
 
@@ -56,7 +58,9 @@ def test_a_transposed_operand_and_a_weight_on_the_left() -> None:
 
 
 def test_a_vector_operand() -> None:
-    source = model("g (float[N,6] x) => (float[N] y) <float[6,16] w, float[16] v> { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }")
+    source = model(
+        "g (float[N,6] x) => (float[N] y) <float[6,16] w, float[16] v> { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    )
     assert summary(source) == [("ffn-channel", 16)]
     assert_prunes(source, {"ffn-channel": 0.5})
 
@@ -96,10 +100,14 @@ def test_refused_forms_of_einsum(equation: str, reason: str) -> None:
 
 
 def test_packed_weights_pin_what_they_make_and_contract() -> None:
-    source = model("""
+    source = model(
+        """
         g (float[N,6] x) => (float[N,32] y) <float[6,16] w, uint8[32,1,8] q, float[32] scale>
         { h = MatMul(x, w)  r = Relu(h)  y = com.microsoft.MatMulNBits<K=16, N=32, bits=4, block_size=16>(r, q, scale) }
-        """.replace("uint8[32,1,8] q, ", "").replace(") => (float[N,32] y)", ", uint8[32,1,8] q) => (float[N,32] y)"))
+        """.replace("uint8[32,1,8] q, ", "").replace(
+            ") => (float[N,32] y)", ", uint8[32,1,8] q) => (float[N,32] y)"
+        )
+    )
     assert summary(source) == []
     assert "contracted with packed weights of MatMulNBits (MatMulNBits y)" in reasons(source)
     assert "made by packed weights of MatMulNBits (MatMulNBits y)" in reasons(source)
@@ -120,7 +128,10 @@ def test_a_channel_contracted_between_activations_must_be_zero_when_masked() -> 
     assert_prunes(source, {"qk-pair": 0.5})
     source = model(graph.format(activation="Sigmoid"))
     assert summary(source) == []
-    assert "summed over in a product of two activations, where a removed channel would not be zero" in reasons(source)
+    assert (
+        "summed over in a product of two activations, where a removed channel would not be zero"
+        in reasons(source)
+    )
 
 
 # --- elementwise
@@ -210,12 +221,14 @@ def test_quantized_weights_with_scales_per_channel() -> None:
 
 def test_tokens_of_a_weight_before_those_of_the_input_are_activations() -> None:
     """The class token of a vision transformer: joining it makes no weight of the whole sequence."""
-    source = model("""
+    source = model(
+        """
         g (float[N,S,6] x) => (float[N,T,6] y) <float[1,1,6] token, float[6,16] w, float[16,6] v, int64[3] first = {1,1,6}>
         {
             s = Shape<start=0, end=1>(x)  r = Slice(first, one, three, zero)  target = Concat<axis=0>(s, r)
             c = Expand(token, target)  t = Concat<axis=1>(c, x)  h = MatMul(t, w)  g0 = Relu(h)  y = MatMul(g0, v)
         }
-        """.replace("{1,1,6}>", "{1,1,6}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] three = {3}>"))
+        """.replace("{1,1,6}>", "{1,1,6}, int64[1] zero = {0}, int64[1] one = {1}, int64[1] three = {3}>")
+    )
     assert summary(source) == [("ffn-channel", 16)]
     assert_prunes(source, {"ffn-channel": 0.5})

@@ -112,7 +112,10 @@ def test_a_sum_over_channels_that_emit_a_constant_is_refused() -> None:
         ("s = ReduceMean(h, a)  c = MatMul(h, v)  y = Mul(c, s)", "averaged over (ReduceMean s)"),
         ("s = Softmax(h)  y = MatMul(s, v)", "normalised over by Softmax (Softmax s)"),
         ("s = LogSoftmax<axis=1>(h)  y = MatMul(s, v)", "normalised over by LogSoftmax (LogSoftmax s)"),
-        ("s = ReduceLogSumExp(h, a)  c = MatMul(h, v)  y = Mul(c, s)", "reduced by ReduceLogSumExp (ReduceLogSumExp s)"),
+        (
+            "s = ReduceLogSumExp(h, a)  c = MatMul(h, v)  y = Mul(c, s)",
+            "reduced by ReduceLogSumExp (ReduceLogSumExp s)",
+        ),
     ],
 )
 def test_reductions_that_change_their_value_are_refused(body: str, reason: str) -> None:

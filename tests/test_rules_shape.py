@@ -58,7 +58,11 @@ def test_reshape_to_a_shape_from_data_is_refused() -> None:
 
 
 def test_batch_is_not_mistaken_for_heads_of_equal_number() -> None:
-    source = model(HEADS.format(shapes="int64[4] split = {4, 4, 4, 8}, int64[3] merge = {4, 4, 32}").replace("B,S", "4,4"))
+    source = model(
+        HEADS.format(shapes="int64[4] split = {4, 4, 4, 8}, int64[3] merge = {4, 4, 32}").replace(
+            "B,S", "4,4"
+        )
+    )
     assert summary(source) == [("qk-pair", 8), ("query-head", 4), ("value-channel", 8)]
     assert_prunes(source, {"query-head": 0.5, "qk-pair": 0.5})
 
@@ -78,7 +82,9 @@ def test_unsqueeze_and_squeeze_in_both_forms() -> None:
     body = "h = MatMul(x, w) u = Unsqueeze(h, axes) r = Relu(u) s = Squeeze(r, axes) y = MatMul(s, v)"
     source = model(f"g (float[N,6] x) => (float[N,6] y) <float[6,8] w, float[8,6] v, {new}> {{ {body} }}")
     assert_prunes(source, {"ffn-channel": 0.5})
-    old = body.replace("Unsqueeze(h, axes)", "Unsqueeze<axes=[1,3]>(h)").replace("Squeeze(r, axes)", "Squeeze<axes=[1,-1]>(r)")
+    old = body.replace("Unsqueeze(h, axes)", "Unsqueeze<axes=[1,3]>(h)").replace(
+        "Squeeze(r, axes)", "Squeeze<axes=[1,-1]>(r)"
+    )
     source = model(f"g (float[N,6] x) => (float[N,6] y) <float[6,8] w, float[8,6] v> {{ {old} }}", opset=11)
     assert_prunes(source, {"ffn-channel": 0.5})
 

@@ -27,7 +27,9 @@ def value(size: Size, batch: int, sequence: int) -> int:
 
 
 @given(sizes, sizes, st.integers(2, 9), st.integers(2, 9))
-def test_arithmetic_is_that_of_the_numbers_behind_the_symbols(a: Size, b: Size, batch: int, sequence: int) -> None:
+def test_arithmetic_is_that_of_the_numbers_behind_the_symbols(
+    a: Size, b: Size, batch: int, sequence: int
+) -> None:
     x, y = value(a, batch, sequence), value(b, batch, sequence)
     assert value(add(a, b), batch, sequence) == x + y
     assert value(sub(a, b), batch, sequence) == x - y

@@ -51,7 +51,9 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", default=["*"], help="only models that match one of these globs")
     parser.add_argument("--models", type=Path, default=Path("build/models"))
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
