@@ -24,7 +24,7 @@ from onnx_autoglm.options import DEFAULT_FRACTION, Options, collect, matches
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_onnx
-from onnx_autoglm.passes.choose import Decision, candidates, choose
+from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_random import ScoreRandom
 from onnx_autoglm.plan import Plan, sha256
@@ -76,7 +76,8 @@ def optimize(
         effect["structures"] = len(structures.found)
     fractions, asked, notes = _fractions(structures, options)
     decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
-    _refuse_the_impossible(decisions, fractions, options, structures)
+    _refuse_unknown_layers(options, structures)
+    _refuse_the_impossible(decisions, fractions, structures, asked=asked)
     with clock("score"):
         wanted = [decision.structure for decision in decisions if not decision.reason]
         scores = _criterion(options)(wanted)
@@ -183,22 +184,28 @@ def _fractions(structures: Structures, options: Options) -> tuple[dict[str, floa
     return {kind: DEFAULT_FRACTION for kind in kinds}, False, [note]
 
 
-def _refuse_the_impossible(
-    decisions: list[Decision], fractions: dict[str, float], options: Options, structures: Structures
-) -> None:
-    """Raises UserError for globs that match nothing and kinds that cannot be cut at all."""
+def _refuse_unknown_layers(options: Options, structures: Structures) -> None:
     names = [structure.id for structure in structures.found]
     for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
         if not any(matches(name, (glob,)) for name in names):
             raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
+
+
+def _refuse_the_impossible(
+    decisions: list[Decision], fractions: dict[str, float], structures: Structures, *, asked: bool
+) -> None:
+    """Raises UserError if nothing can be cut, or nothing of a kind that the user asked for."""
     if not fractions:
         raise UserError("nothing in this model can be pruned: onnx-autoglm inspect shows every reason")
-    for kind in fractions:
+    if all(decision.reason for decision in decisions) and decisions:
+        first = decisions[0]
+        raise UserError(f"nothing can be removed: {first.structure.id}: {first.reason}")
+    for kind in fractions if asked else ():
         row = [decision for decision in decisions if decision.structure.kind == kind]
         if not row:
             present = sorted({structure.kind for structure in structures.found}) or ["none"]
             raise UserError(f"this model has no {kind}; it has {', '.join(present)}")
-        if all(decision.reason for decision in row):
+        if all(decision.reason and decision.reason not in BY_CHOICE for decision in row):
             raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
 
 

@@ -15,6 +15,10 @@ from onnx_autoglm.options import PruningOptions, matches
 from onnx_autoglm.passes.score_norm import Scores
 
 
+# Reasons that are the user's own choice rather than the model's.
+BY_CHOICE = frozenset({"not included", "excluded", "protected"})
+
+
 @dataclasses.dataclass
 class Decision:
     """What becomes of one structure that the user asked about; `reason` says why nothing was removed."""

@@ -409,11 +409,15 @@ class Builder:
             return self.node("Tanh", [self.pointwise("Sub", x, self.scalar(0.5))], x.shape)
         return self.node(name, [x], x.shape)
 
+    def activation_2d(self, x: Val) -> Val:
+        """An activation between convolutions."""
+        return self.node("Relu", [x], x.shape) if self.chance(0.4) else self.activation(x)
+
     def norm(self, x: Val) -> Val:
         """A norm of the last axis: LayerNorm or RMSNorm, fused or decomposed."""
         size = x.shape[-1]
         assert isinstance(size, int)
-        forms = ["rms", "layer", "simplified"] + ["LayerNormalization"] * 2 * (self.opset >= 17)
+        forms = ["rms", "layer", "skip"] + ["LayerNormalization"] * 2 * (self.opset >= 17)
         forms += ["RMSNormalization"] * 2 * (self.opset >= 23)
         form = self.pick(forms)
         if form == "LayerNormalization":
@@ -421,8 +425,9 @@ class Builder:
             return self.node(form, inputs, x.shape, axis=-1, epsilon=1e-5)
         if form == "RMSNormalization":
             return self.node(form, [x, self.gain(size)], x.shape, axis=-1, epsilon=1e-5)
-        if form == "simplified":
-            return self.node("SimplifiedLayerNormalization", [x, self.gain(size)], x.shape, axis=-1, epsilon=1e-5)
+        if form == "skip" and x.rank == 3:  # the residual add and the norm in one
+            skip = self.linear(x, size)
+            return self.node("SkipSimplifiedLayerNormalization", [x, skip, self.gain(size)], x.shape, "com.microsoft")
         if form == "layer":
             x = self.pointwise("Sub", x, self.reduce("ReduceMean", x, [-1]))
         square = self.node("Pow", [x, self.scalar(2.0)], x.shape) if self.chance(0.6) else self.node("Mul", [x, x], x.shape)

@@ -1,0 +1,57 @@
+"""Options are data: one definition behind command line, Python, configuration and documentation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnx_autoglm import UserError
+from onnx_autoglm.options import Options, collect, flags
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_documentation_is_that_of_the_code() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools/options.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs/options.md").read_text(), "run: python tools/options.py > docs/options.md"
+
+
+def test_every_option_says_what_it_does_and_has_its_own_name() -> None:
+    names = [flag.name for flag in flags()]
+    assert len(set(names)) == len(names)
+    assert all(flag.field.description for flag in flags())
+
+
+def test_keywords_win_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("pruning: {algorithm: l1, align: 8}\n")
+    options = collect({"criterion": "random", "prune": {"hidden": 0.5}}, config)
+    assert (options.pruning.algorithm, options.pruning.align) == ("random", 8)
+    assert options.pruning.sparsity_level == {"hidden": 0.5}
+
+
+def test_no_options_are_the_defaults() -> None:
+    assert collect({}) == Options()
+
+
+def test_one_number_stands_for_the_usual_kinds() -> None:
+    assert collect({"prune": 0.3}).pruning.sparsity_level == {"query-head": 0.3, "ffn-channel": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("pruning: {sparsity_level: {ffn-channel: 2}}", "between 0 and 1"),
+        ("pruning: {speed: 2}", "pruning.speed"),
+        ("- a\n- b", "expected sections"),
+        ("pruning: [", "is not a YAML file"),
+    ],
+)
+def test_a_bad_configuration_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        collect({}, config)

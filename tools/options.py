@@ -1,0 +1,58 @@
+"""Writes docs/options.md from the definition of the options: `python tools/options.py > docs/options.md`."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args, get_origin
+
+from onnx_autoglm.kinds import KINDS
+from onnx_autoglm.options import Flag, flags
+
+
+def main() -> None:
+    print(page(), end="")
+
+
+def page() -> str:
+    """The page as Markdown."""
+    lines = [
+        "# Options of `optimize`",
+        "",
+        "Written by `tools/options.py` from `onnx_autoglm/options.py`. The command line, `onnx_autoglm.optimize(...)`",
+        "(names without the dashes) and the YAML file of `--config` take the same options; the command line wins.",
+        "",
+        "| command line | YAML | default | what it does |",
+        "|---|---|---|---|",
+        *(_row(flag) for flag in flags()),
+        "",
+        "## Kinds",
+        "",
+        "| kind | what |",
+        "|---|---|",
+        *(f"| `{kind}` | {text} |" for kind, text in KINDS.items()),
+        "",
+        "## Example",
+        "",
+        "```yaml",
+        "pruning:",
+        "  algorithm: l2",
+        "  sparsity_level: {query-head: 0.25, ffn-channel: 0.3}",
+        '  target_layers: ["layers.*"]',
+        "  scope: global",
+        "  align: 8",
+        "check:",
+        "  tolerance: 1.0e-4",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(flag: Flag) -> str:
+    kind, default = flag.field.annotation, flag.field.default
+    value = flag.metavar or ("\\|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else "")
+    name = f"`{flag.name}`" + (f" {value}" if value else "")
+    shown = "" if default in (None, (), {}) else f"`{default}`"
+    return f"| {name} | `{'.'.join(flag.path)}` | {shown} | {flag.field.description} |"
+
+
+if __name__ == "__main__":
+    main()
