@@ -17,4 +17,7 @@ def canonicalize(model: ir.Model) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
+    if any(True for _ in model.graph.subgraphs()):
+        # What a body returns has no rule of ours; without a declared rank all that follows is unknown.
+        common.ShapeInferencePass()(model)
     return model

@@ -14,7 +14,6 @@ from onnx_autoglm.kinds import ALIGNED
 from onnx_autoglm.options import PruningOptions, matches
 from onnx_autoglm.passes.score_norm import Scores
 
-
 # Reasons that are the user's own choice rather than the model's.
 BY_CHOICE = frozenset({"not included", "excluded", "protected"})
 

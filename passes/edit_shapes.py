@@ -24,7 +24,7 @@ class ShapeEditor:
         self.graph = analysis.graph
         self.selection = selection
         self.changed = 0
-        self._constants: dict[tuple[ir.DataType, bool, tuple[int, ...]], ir.Value] = {}
+        self._constants: dict[tuple[ir.DataType, tuple[int, ...], tuple[int, ...]], ir.Value] = {}
         self._patches: dict[tuple[ir.Value, tuple[tuple[int, Size], ...]], ir.Value] = {}
 
     def rewrite(
@@ -63,13 +63,13 @@ class ShapeEditor:
             self.changed += 1
 
     def set_constant(
-        self, node: ir.Node, index: int, numbers: Sequence[int], *, scalar: bool = False
+        self, node: ir.Node, index: int, numbers: Sequence[int], *, shape: Sequence[int] | None = None
     ) -> None:
-        """Makes an integer input a constant, in the type of the old one."""
+        """Makes an integer input a constant, in the type of the old one; by default a row of numbers."""
         old = node.inputs[index] if index < len(node.inputs) else None
         if old is None:
             node.resize_inputs(max(index + 1, len(node.inputs)))
-        node.replace_input_with(index, self._constant(numbers, old, scalar=scalar))
+        node.replace_input_with(index, self._constant(numbers, old, shape))
         self.changed += 1
 
     def _patched(
@@ -81,7 +81,7 @@ class ShapeEditor:
             known = [replacements.get(position, size) for position, size in enumerate(now)]
             numbers = [size for size in known if isinstance(size, int)]
             if len(numbers) == len(known):
-                patched = self._constant(numbers, value, scalar=contents.ndim == 0)
+                patched = self._constant(numbers, value, contents.shape)
             else:
                 patched = self._assembled(node, value, now, replacements)
             self._patches[key] = patched
@@ -152,18 +152,19 @@ class ShapeEditor:
         return created.outputs[0]
 
     def _constant(
-        self, numbers: Sequence[int], like: ir.Value | None = None, *, scalar: bool = False
+        self, numbers: Sequence[int], like: ir.Value | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
         """An initializer of the type of `like` (int64 by default), shared between equal uses."""
         dtype = ir.DataType.INT64 if like is None or like.dtype is None else like.dtype
-        key = (dtype, scalar, tuple(numbers))
+        shape = (len(numbers),) if shape is None else tuple(shape)
+        key = (dtype, shape, tuple(numbers))
         if key not in self._constants:
-            array = np.array(numbers[0] if scalar else numbers, dtype=dtype.numpy())
+            array = np.array(numbers, dtype=dtype.numpy()).reshape(shape)
             name = f"cut_shape_{len(self._constants)}"
             while name in self.graph.initializers:
                 name += "_"
             value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
-            value.shape, value.dtype = ir.Shape(list(array.shape)), dtype
+            value.shape, value.dtype = ir.Shape(shape), dtype
             self.graph.register_initializer(value)
             self._constants[key] = value
         return self._constants[key]

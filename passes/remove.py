@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.axes.places import Use
 from onnx_autoglm.axes.selection import Selection
-from onnx_autoglm.axes.structures import Structures, Use
+from onnx_autoglm.axes.structures import Structures
 from onnx_autoglm.sliced_tensor import SlicedTensor
 
 

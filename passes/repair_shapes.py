@@ -76,7 +76,7 @@ class _Repair:
             numbers = [size for size in before if isinstance(size, int)]
             if len(numbers) != len(before):
                 raise AssertionError(f"{value.name} is used as data and follows an axis that was cut")
-            self.editor.set_constant(node, index, numbers, scalar=contents.ndim == 0)
+            self.editor.set_constant(node, index, numbers, shape=contents.shape)
 
     # --- attributes and declarations
 
@@ -312,12 +312,40 @@ def _gather(repair: _Repair, node: ir.Node) -> set[int]:
     size = size_of(dims[axis])
     assert isinstance(size, int)
     source = [int(index) % size for index in indices]  # type: ignore[arg-type]
-    stays = range(len(source))
-    if contents.ndim == 1 and repair.differs(outputs[axis]):
-        stays = _plain_indices(repair.selection, outputs, axis)  # type: ignore[assignment]
+    picked = outputs[axis : axis + contents.ndim]
+    stays = np.arange(len(source))
+    if any(repair.differs(dim) for dim in picked):
+        flat: Dim = tuple(atom for dim in picked for atom in dim)
+        stays = _plain_indices(
+            repair.selection, [*outputs[:axis], flat, *outputs[axis + contents.ndim :]], axis
+        )
     moved = [int(np.searchsorted(kept, source[index])) for index in stays]
     if moved != [int(index) for index in indices]:  # type: ignore[arg-type]
-        repair.editor.set_constant(node, 1, moved, scalar=contents.ndim == 0)
+        shape = [repair.new(dim) for dim in picked]
+        repair.editor.set_constant(node, 1, moved, shape=[size for size in shape if isinstance(size, int)])
+    return {1}
+
+
+def _resize(repair: _Repair, node: ir.Node) -> set[int]:
+    outputs = repair.dims(node.outputs[0])
+    sizes = node.inputs[3] if len(node.inputs) > 3 else None
+    if outputs is not None and sizes in repair.analysis.contents:
+        repair.editor.rewrite(node, 3, outputs)
+    return {3}
+
+
+def _squeeze(repair: _Repair, node: ir.Node) -> set[int]:
+    """A Squeeze without axes takes every axis of size 1: it must not take one that was cut to 1."""
+    dims = repair.input_dims(node, 0)
+    given = "axes" in node.attributes or (len(node.inputs) > 1 and node.inputs[1] is not None)
+    if dims is None or given or not any(repair.differs(dim) for dim in dims):
+        return set()
+    axes = [axis for axis, dim in enumerate(dims) if not resolve(dim)]
+    if repair.analysis.opset("") < 13:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+        repair.changed += 1
+    else:
+        repair.editor.set_constant(node, 1, axes)
     return {1}
 
 
@@ -330,4 +358,6 @@ _SLOTS: dict[str, Callable[[_Repair, ir.Node], set[int]]] = {
     "SplitToSequence": _split_to_sequence,
     "Slice": _slice,
     "Gather": _gather,
+    "Resize": _resize,
+    "Squeeze": _squeeze,
 }

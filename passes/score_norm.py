@@ -11,8 +11,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnx_autoglm.axes.dims import Atom, Dim, leaves
+from onnx_autoglm.axes.places import Place
 from onnx_autoglm.axes.selection import Indices, coordinates, merged
-from onnx_autoglm.axes.structures import Place, Structure
+from onnx_autoglm.axes.structures import Structure
 
 Scores = npt.NDArray[np.float64]
 _CHUNK_BYTES = 8 << 20

@@ -286,3 +286,10 @@ def test_query_heads_differ_from_group_to_group() -> None:
     assert_equivalent(source, cut, tolerance=1e-5)
     whole, kept = initializer(source, "wo"), initializer(cut.model, "wo")
     np.testing.assert_array_equal(kept, np.concatenate([whole[8 * head : 8 * head + 8] for head in (0, 5)]))
+
+
+def test_selections_vary_with_the_group_in_a_fused_projection() -> None:
+    source = model(FUSED)
+    for kind in ("query-head", "qk-pair", "value-channel"):
+        assert [outer.size for outer in the(source, kind).outers] == [2], kind
+        assert_prunes(source, {kind: 1 / 3 if kind == "query-head" else 0.5}, seeds=3)

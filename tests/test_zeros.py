@@ -62,7 +62,7 @@ def test_operators_that_keep_zero_leave_the_channel_free(body: str) -> None:
 def test_operators_that_lose_zero_pin_the_channel(body: str) -> None:
     source = read_by_a_sum(body, CONSTANTS)
     assert summary(source) == []
-    assert [str(pin) for pin in the(source, "ffn-channel").pins] == [SUMMED]
+    assert SUMMED in [str(pin) for pin in the(source, "ffn-channel").pins]
 
 
 def test_a_product_forgives_what_a_weight_contracts() -> None:

@@ -19,7 +19,7 @@ from onnx_autoglm.axes.facts import (
     ZeroCheck,
     label,
 )
-from onnx_autoglm.axes.follow import follow
+from onnx_autoglm.axes.follow import SIZE_INPUTS, follow
 from onnx_autoglm.axes.op import Op, Unknown
 from onnx_autoglm.axes.rules import RULES
 from onnx_autoglm.axes.size import Size, parse, symbol
@@ -82,7 +82,10 @@ class Analysis:
             self._enter_input(value)
         for node in self.graph:
             self._visit(node)
+        self._pin_sizes_used_as_data()
         for value in self.graph.outputs:
+            if value in self.contents:
+                self._pin_extents(value, Pin("its size is a graph output", value.name or ""))
             if value in self.index_of:
                 self.pins.append((self.index_of[value], Pin("its index is a graph output", value.name or "")))
             for axis, dim in enumerate(self.values.get(value) or []):
@@ -99,6 +102,11 @@ class Analysis:
         whole = tensor.dtype.is_integer() or tensor.dtype == ir.DataType.BOOL
         if whole and tensor.size <= known.MAX_ENTRIES and tensor.dtype.bitwidth >= 8:
             self.contents[value] = known.constant(tensor.numpy())
+        if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+            self.values[value] = dims = [ax.fresh(size) for size in shape]
+            pin = Pin(f"a weight of type {tensor.dtype.name}, which cannot be cut", value.name or "")
+            self.pins.extend((dim, pin) for dim in dims if dim)
+            return
         uses = value.uses()
         # Exporters merge equal vectors of different layers (biases of zeros, norms of ones). Each use of
         # a vector is its own axis, cloned on write; untying a shared matrix would duplicate it instead.
@@ -132,7 +140,7 @@ class Analysis:
 
     def _visit(self, node: ir.Node) -> None:
         op = Op(self, node)
-        if self._moves_weight(op):
+        if self._makes_weight(op):
             self.weights.update(node.outputs)
         if node.op_type in _MOVES and op.has(0) and op.value(0) in self.index_of:
             self.index_of.update((output, self.index_of[op.value(0)]) for output in node.outputs)
@@ -153,8 +161,13 @@ class Analysis:
             if output not in self.values:
                 self.values[output] = self._declared_dims(output, "an output without a rule", node)
 
-    def _moves_weight(self, op: Op) -> bool:
-        """Rows that data looks up in a table are an activation, unlike experts that were selected."""
+    def _makes_weight(self, op: Op) -> bool:
+        """Whether the outputs are weights: moved ones, or computed from weights alone.
+
+        Rows that data looks up in a table are an activation, unlike experts that were selected.
+        """
+        if all(value is None or value in self.weights for value in op.node.inputs) and op.node.inputs:
+            return True
         if op.node.op_type not in _MOVES or not op.has(0):
             return False
         if op.node.op_type == "Concat":
@@ -162,6 +175,25 @@ class Analysis:
         index = op.value(1) if op.node.op_type in _LOOKS_UP else None
         known = index is None or any(index in found for found in (self.weights, self.contents, self.index_of))
         return op.is_weight(0) and known
+
+    def _pin_sizes_used_as_data(self) -> None:
+        """A size that enters a computation must keep the source's value: a number can be frozen, a symbolic
+        size cannot, so the axes it depends on stay.
+        """
+        for value, contents in self.contents.items():
+            if known.is_constant(contents):
+                continue
+            numbers = [known.evaluate(entry, ax.size_of) for entry in contents.flat]
+            if all(isinstance(number, int) for number in numbers) and contents.ndim <= 1:
+                continue
+            for node, index in value.uses():
+                followed = any(output in self.contents for output in node.outputs)
+                stated = index in SIZE_INPUTS.get(node.op_type, ()) and not node.domain
+                if not followed and not stated:
+                    self._pin_extents(value, Pin("its size is used as data", label(node)))
+
+    def _pin_extents(self, value: ir.Value, pin: Pin) -> None:
+        self.pins.extend((dim, pin) for dim in known.extents(self.contents[value]) if dim)
 
     def _pin_used_indices(self, node: ir.Node) -> None:
         """An index selected along an axis may be looked up with; used as a number, it pins the axis."""
@@ -190,6 +222,10 @@ class Analysis:
                 self._pin_value(element, reason, node)
         for value in _captured(node):
             self._pin_value(self.values.get(value), f"captured by the body of {node.op_type}", node)
+            if value in self.contents:
+                self._pin_extents(
+                    value, Pin(f"its size is captured by the body of {node.op_type}", label(node))
+                )
         for output in node.outputs:
             self.values[output] = self._declared_dims(output, reason, node)
 

@@ -84,6 +84,19 @@ def evaluate(entry: Entry, size: Callable[[Dim], Size]) -> Size | None:
     return OPERATORS[entry.operator](*known)
 
 
+def extents(contents: Contents) -> list[Dim]:
+    """The axes whose sizes an array depends on."""
+    found: list[Dim] = []
+    stack = list(contents.flat)
+    while stack:
+        entry = stack.pop()
+        if isinstance(entry, Extent):
+            found.append(entry.dim)
+        elif isinstance(entry, Arithmetic):
+            stack.extend(entry.operands)
+    return found
+
+
 def is_constant(contents: Contents) -> bool:
     return all(isinstance(entry, int) for entry in contents.flat)
 

@@ -51,12 +51,17 @@ class Role(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ZeroCheck:
-    """A sum over an axis that loses nothing only if a masked entry of one operand is zero."""
+    """What an op needs of masked entries, checked when the walk is over.
+
+    A sum over an axis loses nothing only if a masked entry of one operand is zero (`zero`); a division
+    stays finite only if a masked entry of none of them is.
+    """
 
     node: ir.Node
     operands: tuple[int, ...]
     dim: Dim
     reason: str
+    zero: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

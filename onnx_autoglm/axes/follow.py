@@ -18,6 +18,18 @@ from onnx_autoglm.axes.contents import Contents, Extent
 if TYPE_CHECKING:
     from onnx_autoglm.axes.op import Op
 
+# Inputs that state sizes of the node's own axes; shape repair re-derives them from those axes.
+SIZE_INPUTS: dict[str, frozenset[int]] = {
+    "Reshape": frozenset({1}),
+    "Expand": frozenset({1}),
+    "ConstantOfShape": frozenset({0}),
+    "Tile": frozenset({1}),
+    "Split": frozenset({1}),
+    "SplitToSequence": frozenset({1}),
+    "Slice": frozenset({1, 2, 3, 4}),
+    "Resize": frozenset({3}),
+}
+
 Follower = Callable[["Op", list[Contents]], "list[Contents] | None"]
 
 

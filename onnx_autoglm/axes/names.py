@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-if TYPE_CHECKING:
-    from onnx_autoglm.axes.structures import Place
+from onnx_autoglm.axes.places import Place
 
 
 def name_structures(entries: list[tuple[str, list[Place]]]) -> list[str]:

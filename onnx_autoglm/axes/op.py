@@ -170,6 +170,13 @@ class Op:
         if dim:
             self.analysis.zero_checks.append(ZeroCheck(self.node, operands, dim, reason))
 
+    def must_not_be_zero(self, operand: int) -> None:
+        """A masked entry of the operand would make the source divide by zero."""
+        reason = f"a masked entry would be the zero of a {self.node.op_type}"
+        for dim in self.dims(operand):
+            if dim:
+                self.analysis.zero_checks.append(ZeroCheck(self.node, (operand,), dim, reason, zero=False))
+
     def counts(self, name: str, dim: Dim) -> None:
         """The attribute `name` equals the size of `dim`."""
         self.analysis.counted.append(CountedAttribute(self.node, name, dim))

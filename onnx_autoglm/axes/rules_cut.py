@@ -179,9 +179,11 @@ def _look_up(op: Op, dim: Dim) -> None:
 
 def _shaped(op: Op, picked: Dim) -> list[Dim]:
     """The picked axis in the shape of the indices (usually one axis)."""
-    shape = op.dims(1)
-    if len(shape) == 1:
+    contents = op.contents(1)
+    assert contents is not None
+    if contents.ndim == 1:
         return [picked]
+    shape = [ax.fresh(size) for size in contents.shape]
     op.equal(ax.product(shape), picked)
     return shape
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
+
 from onnx_autoglm.axes.dims import UNIT, Dim, resolve
 from onnx_autoglm.axes.facts import Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
@@ -23,6 +26,10 @@ def elementwise(op: Op) -> None:
     present = [index for index in range(len(op.node.inputs)) if op.has(index)]
     operands = [op.dims(index) for index in present]
     result = broadcast(op, operands)
+    if op.node.op_type in ("Div", "Mod"):
+        op.must_not_be_zero(1)
+    if op.node.op_type == "Pow" and not _is_positive(op.constant(1)):
+        op.must_not_be_zero(0)
     if op.node.op_type in ("Add", "Sum"):
         activations = [op.dims(index) for index in present if not op.is_weight(index)]
         if len(activations) > 1:
@@ -32,11 +39,17 @@ def elementwise(op: Op) -> None:
         op.output(result, index)
 
 
+def _is_positive(exponent: np.ndarray | None) -> bool:
+    return exponent is not None and bool((exponent > 0).all())
+
+
 def unary(op: Op) -> None:
     """The first input's axes pass through; other inputs are scalars (Clip's bounds, Dropout's ratio)."""
     for index in range(1, len(op.node.inputs)):
         if op.has(index) and any(resolve(dim) for dim in op.dims(index)):
             raise Unknown(f"input {index} is not a scalar")
+    if op.node.op_type in ("Reciprocal", "Log"):
+        op.must_not_be_zero(0)
     for index in range(len(op.node.outputs)):
         op.output(op.dims(0), index)
 
@@ -50,11 +63,19 @@ def prelu(op: Op) -> None:
     op.output(broadcast(op, [op.dims(0), op.dims(1)]))
 
 
+def _is_symmetric(zero_point: ir.Value | None) -> bool:
+    tensor = None if zero_point is None else zero_point.const_value
+    return tensor is not None and not tensor.numpy().astype(np.float32).any()
+
+
 def quantize(op: Op) -> None:
     """QuantizeLinear and DequantizeLinear: scale and zero point lie on one axis, or on none."""
     dims = op.dims(0)
     if op.attr_int("block_size", 0):
         op.pin_all(dims, "quantized in blocks")
+    if op.is_weight(0) and op.has(2) and not _is_symmetric(op.node.inputs[2]):
+        # A masked entry is the integer 0, which stands for minus the zero point.
+        op.pin_all(dims, "quantized with zero points that are not zero")
     axis = op.axis(len(dims), 1)
     for index in (1, 2):
         if op.has(index) and len(op.dims(index)) == 1 and resolve(op.dims(index)[0]):

@@ -116,7 +116,7 @@ def parse(text: str) -> Size:
 def _evaluate(tree: ast.expr) -> Size:
     if isinstance(tree, ast.Name):
         return symbol(tree.id)
-    if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+    if isinstance(tree, ast.Constant) and type(tree.value) is int:
         return tree.value
     if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
         return _ARITHMETIC[type(tree.op)](_evaluate(tree.left), _evaluate(tree.right))

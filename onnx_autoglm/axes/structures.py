@@ -15,6 +15,8 @@ from onnx_autoglm.axes.analysis import Analysis
 from onnx_autoglm.axes.dims import Atom, Dim, Sum, leaves, parts_of, resolve, size_of
 from onnx_autoglm.axes.facts import Pin, PinKind, Role, label
 from onnx_autoglm.axes.names import name_structures
+from onnx_autoglm.axes.outers import find_outers
+from onnx_autoglm.axes.places import Place, Use
 from onnx_autoglm.axes.zeros import Zeros
 
 # Kinds of pin that a kind of structure may lift when it is asked for by name.
@@ -23,23 +25,6 @@ _LIFTS = {"expert": PinKind.SELECT, "hidden": PinKind.NORM}
 _STORES = frozenset(
     "Concat Attention GroupQueryAttention MultiHeadAttention ScatterND ScatterElements TensorScatter".split()
 )
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Use:
-    """An initializer as some of its consumers see it."""
-
-    value: ir.Value
-    consumers: tuple[tuple[ir.Node, int], ...]
-    dims: list[Dim]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Place:
-    """One axis of an initializer in which a structure lives."""
-
-    use: Use
-    axis: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -108,7 +93,7 @@ def find_structures(analysis: Analysis) -> Structures:
         if kind is not None and isinstance(atom.size, int):
             candidates[atom] = kind
     experts = {atom for atom, kind in candidates.items() if kind == "expert"}
-    outers = _outers(analysis, uses, set(candidates))
+    outers = find_outers(analysis, uses, list(candidates))
     found = []
     for atom, kind in candidates.items():
         if kind == "ffn-channel" and experts and all(_holds(place.use, experts) for place in places[atom]):
@@ -157,9 +142,10 @@ def _add_zero_pins(analysis: Analysis, pins: dict[Atom, list[Pin]], places: dict
     zeros = Zeros(analysis)
     for check in analysis.zero_checks:
         for atom in leaves(check.dim):
-            if atom in places and not any(
-                zeros.input_is_zero(check.node, index, atom) for index in check.operands
-            ):
+            if atom not in places:
+                continue
+            is_zero = any(zeros.input_is_zero(check.node, index, atom) for index in check.operands)
+            if is_zero != check.zero:
                 pins[atom].append(Pin(check.reason, label(check.node)))
 
 
@@ -206,6 +192,8 @@ def _kind(roles: set[Role], pins: set[Pin], *, is_group: bool) -> str | None:
         return "conv-channel"
     if Role.CONTRACTED in roles and Role.MADE in roles:
         return "ffn-channel"
+    if PinKind.HARD in pinned and PinKind.INTERFACE not in pinned:
+        return "ffn-channel"  # lost from sight at an op that pinned it; listed so that the reason is told
     return None
 
 
@@ -267,6 +255,9 @@ def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
     fed: set[ir.Value] = set()
     for output in outputs:
         producer = output.producer()
+        while producer is not None and producer.op_type in ("Identity", "Cast"):
+            carried = producer.inputs[0]
+            producer = None if carried is None else carried.producer()
         if producer is None or producer.op_type not in _STORES:
             return names, False
         state = [value for value in inputs if value in producer.inputs and axes(value) == axes(output)]
@@ -274,42 +265,6 @@ def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
             return names, False
         fed.update(state)
     return names, bool(inputs) and fed == set(inputs)
-
-
-def _outers(analysis: Analysis, uses: list[Use], atoms: set[Atom]) -> dict[Atom, tuple[Atom, ...]]:
-    """For each atom the atoms that enclose it in every value and initializer in which it occurs."""
-    common: dict[Atom, set[Atom]] = {}
-    every = [dims for dims in analysis.values.values() if dims] + [use.dims for use in uses]
-    for dims in every:
-        factors = [[atom for atom in resolve(dim) if atom.bound is None] for dim in dims]
-        counts = Counter(atom for dim in dims for atom in leaves(dim))
-        for axis, dim in enumerate(dims):
-            elsewhere = {atom for other, row in enumerate(factors) if other != axis for atom in row}
-            for atom, before in _enclosing(dim, set()):
-                if atom in atoms:
-                    # An atom with two places around another one (`a*a*b`) gives it no one index.
-                    around = {outer for outer in before | elsewhere if counts[outer] < 2}
-                    common[atom] = common[atom] & around if atom in common else around
-    order = {atom: index for index, atom in enumerate(atoms)}
-    return {
-        atom: tuple(
-            sorted((outer for outer in common.get(atom, ()) if outer in atoms), key=order.__getitem__)
-        )
-        for atom in atoms
-    }
-
-
-def _enclosing(dim: Dim, before: set[Atom]) -> list[tuple[Atom, set[Atom]]]:
-    """Every free atom of an axis with the free factors to its left, those of enclosing products too."""
-    found: list[tuple[Atom, set[Atom]]] = []
-    for factor in resolve(dim):
-        if isinstance(factor.bound, Sum):
-            for part in parts_of(factor):
-                found.extend(_enclosing(part, before))
-        else:
-            found.append((factor, before))
-            before = before | {factor}
-    return found
 
 
 def _name(found: list[Structure]) -> None:
