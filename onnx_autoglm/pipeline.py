@@ -15,10 +15,11 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
+from onnx_autoglm.axes.dims import leaves
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.feeds import load_feeds
+from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
 from onnx_autoglm.options import DEFAULT_FRACTION, Options, collect, matches
 from onnx_autoglm.passes.canonicalize import canonicalize
@@ -93,7 +94,12 @@ def optimize(
         effect.update(initializers=len({r.initializer for r in cut.removals}), repairs=cut.repairs)
     with _staging(folder) as staged:
         with clock("write"):
-            modelfile.save_model(cut.model, staged / "model.onnx", external=external)
+            modelfile.save_model(
+                cut.model,
+                staged / "model.onnx",
+                external=external,
+                progress=lambda done, total: progress(f"write {done / max(total, 1):.0%}"),
+            )
         with clock("check"):
             notes += check_onnx(staged / "model.onnx", source_path)
             pruned = modelfile.open_model(staged / "model.onnx")
@@ -104,6 +110,7 @@ def optimize(
                 feeds=feeds,
                 tolerance=options.check.tolerance,
                 scratch=staged,
+                seed=options.pruning.seed,
                 step=progress,
             )
             _refuse_failure(proof)
@@ -181,7 +188,7 @@ def _fractions(structures: Structures, options: Options) -> tuple[dict[str, floa
         kinds.append("conv-channel")
     what = " and ".join(f"{kind}s" for kind in kinds)
     note = f"no --prune given: removing a quarter of the {what}, as near as their counts allow"
-    return {kind: DEFAULT_FRACTION for kind in kinds}, False, [note]
+    return dict.fromkeys(kinds, DEFAULT_FRACTION), False, [note]
 
 
 def _refuse_unknown_layers(options: Options, structures: Structures) -> None:
@@ -356,9 +363,20 @@ def _summary(scores: Scores | None) -> dict[str, float]:
 
 
 def _pin_counts(structures: Structures) -> dict[str, int]:
-    """Every reason why an axis of a structure stays, most frequent first."""
+    """Every reason why an axis of a weight stays, with how many axes it holds, most frequent first."""
     counts = Counter(str(pin) for structure in structures.found for pin in structure.pins)
-    return dict(counts.most_common())
+    listed = {structure.atom for structure in structures.found}
+    others = {
+        atom
+        for use in structures.uses
+        if use.value.const_value is not None and use.value.const_value.dtype.is_floating_point()
+        for dim in use.dims
+        for atom in leaves(dim)
+        if atom not in listed
+    }
+    for dim, pin in structures.analysis.pins:
+        counts[str(pin)] += len(others & set(leaves(dim)))
+    return {reason: count for reason, count in counts.most_common() if count}
 
 
 def _proof_json(proof: Proof) -> dict[str, Any]:

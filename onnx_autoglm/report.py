@@ -81,8 +81,24 @@ class Inspection:
         console.print(table)
         if self.pins:
             console.print("\n[bold]Axes that stay as they are, and why[/bold]")
-            for reason, count in self.pins.items():
-                console.print(f"  {count} x {reason}", highlight=False, markup=False)
+            for line in _grouped(self.pins):
+                console.print(f"  {line}", highlight=False, markup=False)
+
+
+def _grouped(pins: dict[str, int]) -> list[str]:
+    """One line per reason, naming the node of the first place; the others are in the JSON."""
+    places: dict[str, list[str]] = defaultdict(list)
+    counts: Counter[str] = Counter()
+    for reason, count in pins.items():
+        text, _, node = reason.partition(" (")
+        counts[text] += count
+        places[text].append(node.removesuffix(")"))
+    lines = []
+    for text, count in counts.most_common():
+        where = places[text]
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        lines.append(f"{count} x {text}" + (f" ({where[0]}{more})" if where[0] else ""))
+    return lines
 
 
 def _remark(entry: StructureReport) -> str:

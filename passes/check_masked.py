@@ -40,6 +40,7 @@ def check_masked(
     feeds: Arrays | None = None,
     tolerance: float = 1e-4,
     scratch: Path | None = None,
+    seed: int = 0,
     step: Callable[[str], None] = lambda _: None,
 ) -> Proof:
     """Runs the masked source and the pruned model on the same inputs and compares all outputs.
@@ -52,6 +53,7 @@ def check_masked(
         feeds: inputs of the source; generated from its signature if not given.
         tolerance: the largest relative difference accepted, per output (float32 rounding: 1e-4).
         scratch: folder for temporary weights.
+        seed: of generated inputs.
         step: told what is going on.
 
     Raises:
@@ -63,7 +65,7 @@ def check_masked(
         masked, pruned = upcast(masked), upcast(pruned)
     step("running the masked source")
     session = Session(masked, scratch=scratch)
-    candidates: Iterable[Arrays] = [feeds] if feeds is not None else candidate_feeds(masked)
+    candidates: Iterable[Arrays] = [feeds] if feeds is not None else candidate_feeds(masked, seed)
     used, expected = first_run(session, candidates)
     del session
     step("running the pruned model")

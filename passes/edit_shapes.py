@@ -54,7 +54,7 @@ class ShapeEditor:
         replacements: dict[int, Size] = {}
         for position, (entry, size) in enumerate(zip(contents.flat, sizes, strict=True)):
             before, now = evaluate(entry, size_of), evaluate(entry, self.selection.size)
-            if size is None or now is None or now in (size[1], marker):
+            if size is None or now is None or now == size[1] or entry == marker:
                 continue
             if before != now or size[0] != size[1]:
                 replacements[position] = size[1]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.axes.analysis import Analysis
-from onnx_autoglm.axes.dims import leaves, size_of
+from onnx_autoglm.axes.dims import Atom, leaves, size_of
 from onnx_autoglm.axes.facts import PinKind
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.errors import UserError
@@ -106,40 +106,50 @@ def keep_mask(shape: Sequence[int], cuts: Iterable[dict[str, Any]]) -> np.ndarra
 def lossy_entries(analysis: Analysis, selection: Selection) -> list[dict[str, Any]]:
     """Where a plan narrows norms (`gather`) or selections (`exclude`), for `mask`."""
     entries: list[dict[str, Any]] = []
-    seen: set[ir.Node] = set()
+    for (node, kind), atoms in _narrowed(analysis, selection).items():
+        inputs = {index: analysis.input_dims(node, index) for index in range(len(node.inputs))}
+        outputs = {index: analysis.values.get(output) for index, output in enumerate(node.outputs)}
+        entries.append(
+            {
+                "consumer": next(output.name for output in node.outputs if output.name),
+                "how": "gather" if kind == PinKind.NORM else "exclude",
+                "inputs": _axes(selection, atoms, inputs),
+                "outputs": _axes(selection, atoms, outputs),
+            }
+        )
+    return entries
+
+
+def _narrowed(analysis: Analysis, selection: Selection) -> dict[tuple[ir.Node, PinKind], set[Atom]]:
+    """Norms and selections with the atoms that were cut of the axes that they run over."""
+    found: dict[tuple[ir.Node, PinKind], set[Atom]] = {}
     for dim, pin in analysis.pins:
         node = pin.source
-        if pin.kind not in (PinKind.NORM, PinKind.SELECT) or node is None or node in seen:
+        if node is None or not (
+            pin.kind == PinKind.NORM or (pin.kind == PinKind.SELECT and node.op_type in _SELECTING)
+        ):
             continue
-        if pin.kind == PinKind.SELECT and node.op_type not in _SELECTING:
-            continue
-        if not any(atom in selection.kept for atom in leaves(dim)):
-            continue
-        seen.add(node)
-        entry: dict[str, Any] = {"consumer": next(output.name for output in node.outputs if output.name)}
-        entry["how"] = "gather" if pin.kind == PinKind.NORM else "exclude"
-        entry["inputs"] = _axes(selection, {i: analysis.input_dims(node, i) for i in range(len(node.inputs))})
-        entry["outputs"] = _axes(
-            selection, {i: analysis.values.get(output) for i, output in enumerate(node.outputs)}
-        )
-        entries.append(entry)
-    return entries
+        cut = {atom for atom in leaves(dim) if atom in selection.kept}
+        if cut:
+            found.setdefault((node, pin.kind), set()).update(cut)
+    return found
 
 
 _SELECTING = frozenset("Softmax LogSoftmax Hardmax TopK ArgMax ArgMin".split())
 
 
-def _axes(selection: Selection, values: dict[int, Any]) -> list[dict[str, Any]]:
+def _axes(selection: Selection, atoms: set[Atom], values: dict[int, Any]) -> list[dict[str, Any]]:
     return [
         {
             "index": index,
             "axis": axis,
             "kept": selection.indices(dims, axis)[0].tolist(),
             "size": size_of(dim),
+            "rank": len(dims),
         }
         for index, dims in values.items()
         for axis, dim in enumerate(dims or [])
-        if selection.touches(dim)
+        if atoms.intersection(leaves(dim))
     ]
 
 
@@ -152,30 +162,35 @@ def _narrow(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
 
 def _narrow_norm(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
     """The norm runs on the kept channels alone; its outputs are spread out again, with zeros between."""
-    wide = node.inputs[0]
-    assert wide is not None
     for place in entry["inputs"]:
         value = node.inputs[place["index"]]
         assert value is not None
         narrow = _add(graph, node, "Gather", [value, _integers(graph, place["kept"])], axis=place["axis"])
         node.replace_input_with(place["index"], narrow)
     last = node
-    for place in entry["outputs"]:
-        output, axis, kept = node.outputs[place["index"]], place["axis"], place["kept"]
-        users = list(output.uses())
-        bounds = [_integers(graph, [number]) for number in (0, 1, axis)]
-        first = ir.node("Slice", [wide, *bounds])
-        zero = ir.node("Sub", [first.outputs[0], first.outputs[0]])
-        padded = ir.node("Concat", [output, zero.outputs[0]], {"axis": axis})
-        positions = np.full(place["size"], len(kept))
-        positions[np.asarray(kept)] = np.arange(len(kept))
-        spread = ir.node("Gather", [padded.outputs[0], _integers(graph, positions.tolist())], {"axis": axis})
-        for created in (first, zero, padded, spread):
-            _set_type(created.outputs[0], output)
-            graph.insert_after(last, created)
-            last = created
-        for user, index in users:
-            user.replace_input_with(index, spread.outputs[0])
+    for index, output in enumerate(node.outputs):
+        users, wide = list(output.uses()), output
+        for place in entry["outputs"]:
+            if place["index"] == index:
+                for created in _spread(graph, wide, place):
+                    graph.insert_after(last, created)
+                    last, wide = created, created.outputs[0]
+        for user, slot in users:
+            user.replace_input_with(slot, wide)
+
+
+def _spread(graph: ir.Graph, narrow: ir.Value, place: dict[str, Any]) -> list[ir.Node]:
+    """Nodes that put the kept entries of an axis back in their places."""
+    axis, kept = place["axis"], place["kept"]
+    first = ir.node("Slice", [narrow, *(_integers(graph, [number]) for number in (0, 1, axis))])
+    zero = ir.node("Sub", [first.outputs[0], first.outputs[0]])
+    padded = ir.node("Concat", [narrow, zero.outputs[0]], {"axis": axis})
+    positions = np.full(place["size"], len(kept))
+    positions[np.asarray(kept)] = np.arange(len(kept))
+    spread = ir.node("Gather", [padded.outputs[0], _integers(graph, positions.tolist())], {"axis": axis})
+    for created in (first, zero, padded, spread):
+        _set_type(created.outputs[0], narrow)
+    return [first, zero, padded, spread]
 
 
 def _exclude(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
@@ -190,8 +205,7 @@ def _exclude(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
         assert value is not None
         keep = np.zeros(place["size"], dtype=bool)
         keep[np.asarray(place["kept"])] = True
-        rank = len(value.shape) if value.shape is not None else place["axis"] + 1
-        keep = keep.reshape([-1 if axis == place["axis"] else 1 for axis in range(rank)])
+        keep = keep.reshape([-1 if axis == place["axis"] else 1 for axis in range(place["rank"])])
         dtype = (value.dtype or ir.DataType.FLOAT).numpy()
         fill = _initializer(graph, np.array(np.inf if lowest else -np.inf, dtype=dtype))
         node.replace_input_with(0, _add(graph, node, "Where", [_initializer(graph, keep), value, fill]))

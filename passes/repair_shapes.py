@@ -172,7 +172,7 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
     elif "split" in node.attributes:
         node.attributes["split"] = ir.AttrInt64s("split", numbers)
         repair.changed += 1
-    elif numbers != _chunks(sum(numbers), len(numbers)):
+    elif not _is_implied(node, numbers):
         if repair.analysis.opset("") < 13:
             node.attributes["split"] = ir.AttrInt64s("split", numbers)
         else:
@@ -180,6 +180,11 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
             repair.editor.set_constant(node, 1, numbers)
         repair.changed += 1
     return {1}
+
+
+def _is_implied(node: ir.Node, sizes: list[int]) -> bool:
+    """Whether a Split without sizes cuts so: in equal parts; only `num_outputs` allows a smaller last one."""
+    return sizes == _chunks(sum(sizes), len(sizes)) if "num_outputs" in node.attributes else len(set(sizes)) == 1
 
 
 def _chunks(total: int, count: int) -> list[int]:

@@ -409,7 +409,9 @@ def conv(
     inputs = [x, b.weight([out, channels // group, kernel, kernel], scale)]
     inputs += [b.bias(out)] if (b.chance(0.5) if bias is None else bias) else []
     pad = kernel // 2
-    spatial = tuple((int(s) + 2 * pad - kernel) // stride + 1 if isinstance(s, int) else s for s in x.shape[2:])
+    spatial = tuple(
+        (int(s) + 2 * pad - kernel) // stride + 1 if isinstance(s, int) else s for s in x.shape[2:]
+    )
     attrs = {"group": group} if group > 1 or b.chance(0.3) else {}
     attrs_list = {"pads": [pad] * 4, "strides": [stride, stride], "kernel_shape": [kernel, kernel]}
     return b.node("Conv", inputs, (x.shape[0], out, *spatial), **attrs, **attrs_list)
@@ -539,7 +541,9 @@ def resample(b: Builder, x: Val) -> Val:
     """Pooling, strides, transposed convolution, padding, or space moved into channels."""
     channels, height, width = x.shape[1:]
     assert isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)
-    form = b.pick(["pool", "stride", "transposed", "pad", "channelpad", "resize", "to_depth", "to_space", "lrn"])
+    form = b.pick(
+        ["pool", "stride", "transposed", "pad", "channelpad", "resize", "to_depth", "to_space", "lrn"]
+    )
     b.marks.append(f"sample:{form}")
     if form == "pool":
         shape = (x.shape[0], channels, height // 2, width // 2)
@@ -762,7 +766,9 @@ def _stretch(b: Builder, x: Val, leading: int) -> Val | None:
     axis, count = b.number(leading, x.rank), b.pick([2, 3])
     if b.chance(0.3) and axis < x.rank:
         repeats = [count if a == axis else 1 for a in range(x.rank)]
-        return b.node("Tile", [x, b.ints(*repeats)], (*x.shape[:axis], _size(x, axis) * count, *x.shape[axis + 1 :]))
+        return b.node(
+            "Tile", [x, b.ints(*repeats)], (*x.shape[:axis], _size(x, axis) * count, *x.shape[axis + 1 :])
+        )
     wide = b.unsqueeze(x, axis)
     return b.expand(wide, (*wide.shape[:axis], count, *wide.shape[axis + 1 :]))
 
@@ -770,7 +776,9 @@ def _stretch(b: Builder, x: Val, leading: int) -> Val | None:
 def _pad(b: Builder, x: Val, leading: int) -> Val | None:
     axis = _axis(b, x, leading)
     before, behind = b.pick([(0, 1), (2, 0), (1, 1)])
-    pads = [before if a == axis else 0 for a in range(x.rank)] + [behind if a == axis else 0 for a in range(x.rank)]
+    pads = [before if a == axis else 0 for a in range(x.rank)] + [
+        behind if a == axis else 0 for a in range(x.rank)
+    ]
     shape = (*x.shape[:axis], _size(x, axis) + before + behind, *x.shape[axis + 1 :])
     inputs = [x, b.ints(*pads)] + ([b.small(np.array(0.5, dtype=np.float32))] if b.chance(0.4) else [])
     return b.node("Pad", inputs, shape)
@@ -885,4 +893,12 @@ def random_sequence_operators(b: Builder) -> None:
     b.output(b.linear(x, 3))
 
 
-FAMILIES = [sequence_model, sequence_model, image_model, image_model, random_operators, random_operators, random_sequence_operators]
+FAMILIES = [
+    sequence_model,
+    sequence_model,
+    image_model,
+    image_model,
+    random_operators,
+    random_operators,
+    random_sequence_operators,
+]

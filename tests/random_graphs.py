@@ -154,7 +154,9 @@ class Builder:
         shape = () if self.chance(0.7) else (1,)
         return self.small(np.full(shape, number, dtype=np.float32))
 
-    def node(self, op: str, inputs: Sequence[Val | None], shape: Shape, domain: str = "", **attrs: Any) -> Val:
+    def node(
+        self, op: str, inputs: Sequence[Val | None], shape: Shape, domain: str = "", **attrs: Any
+    ) -> Val:
         return self.many(op, inputs, [shape], domain, **attrs)[0]
 
     def many(
@@ -264,7 +266,9 @@ class Builder:
     def _factor(self, factor: str, near: Val) -> Val:
         if factor.isdigit():
             return self.ints(int(factor))
-        return self._measure(*((near, near.shape.index(factor)) if factor in near.shape else self.places[factor]))
+        return self._measure(
+            *((near, near.shape.index(factor)) if factor in near.shape else self.places[factor])
+        )
 
     def _measure(self, value: Val, axis: int) -> Val:
         if self.opset >= 15 and self.chance(0.4):
@@ -323,7 +327,11 @@ class Builder:
             kind = self.pick(kinds)
             has_hole |= kind == "hole"
             literal = {"zero": 0, "hole": -1}.get(kind, size)
-            parts.append(self.ints(literal) if isinstance(literal, int) and kind != "computed" else self.extent(size, x))
+            parts.append(
+                self.ints(literal)
+                if isinstance(literal, int) and kind != "computed"
+                else self.extent(size, x)
+            )
         return self.node("Reshape", [x, self.join(parts)], target)
 
     def expand(self, x: Val, target: Shape) -> Val:
@@ -377,8 +385,20 @@ class Builder:
 
     def activation(self, x: Val) -> Val:
         """An elementwise function; some are not zero at zero."""
-        plain = "Relu LeakyRelu Elu Selu Sigmoid Tanh Softplus Softsign HardSigmoid Erf Sin Cos Abs Neg Identity"
-        names = plain.split() + ["silu", "gelu", "quick", "clip", "PRelu", "sqrt", "square", "cast", "tanhshift"]
+        plain = (
+            "Relu LeakyRelu Elu Selu Sigmoid Tanh Softplus Softsign HardSigmoid Erf Sin Cos Abs Neg Identity"
+        )
+        names = plain.split() + [
+            "silu",
+            "gelu",
+            "quick",
+            "clip",
+            "PRelu",
+            "sqrt",
+            "square",
+            "cast",
+            "tanhshift",
+        ]
         names += ["Celu"] if self.opset >= 12 else []
         names += ["HardSwish"] if self.opset >= 14 else []
         names += ["Mish"] if self.opset >= 18 else []
@@ -388,11 +408,18 @@ class Builder:
             return self.pointwise("Mul", x, self.node("Sigmoid", [x], x.shape))
         if name == "gelu":
             erf = self.node("Erf", [self.pointwise("Div", x, self.scalar(math.sqrt(2)))], x.shape)
-            return self.pointwise("Mul", self.pointwise("Mul", x, self.pointwise("Add", erf, self.scalar(1.0))), self.scalar(0.5))
+            return self.pointwise(
+                "Mul",
+                self.pointwise("Mul", x, self.pointwise("Add", erf, self.scalar(1.0))),
+                self.scalar(0.5),
+            )
         if name == "quick":
             return self.node("QuickGelu", [x], x.shape, "com.microsoft", alpha=1.702)
         if name == "clip":
-            low, high = (self.small(np.array(bound, dtype=np.float32)) for bound in self.pick([(-1, 1), (0.1, 2), (0, 6)]))
+            low, high = (
+                self.small(np.array(bound, dtype=np.float32))
+                for bound in self.pick([(-1, 1), (0.1, 2), (0, 6)])
+            )
             return self.node("Clip", [x, low, high], x.shape)
         if name == "PRelu":
             size = x.shape[-1]
@@ -427,10 +454,16 @@ class Builder:
             return self.node(form, [x, self.gain(size)], x.shape, axis=-1, epsilon=1e-5)
         if form == "skip" and x.rank == 3:  # the residual add and the norm in one
             skip = self.linear(x, size)
-            return self.node("SkipSimplifiedLayerNormalization", [x, skip, self.gain(size)], x.shape, "com.microsoft")
+            return self.node(
+                "SkipSimplifiedLayerNormalization", [x, skip, self.gain(size)], x.shape, "com.microsoft"
+            )
         if form == "layer":
             x = self.pointwise("Sub", x, self.reduce("ReduceMean", x, [-1]))
-        square = self.node("Pow", [x, self.scalar(2.0)], x.shape) if self.chance(0.6) else self.node("Mul", [x, x], x.shape)
+        square = (
+            self.node("Pow", [x, self.scalar(2.0)], x.shape)
+            if self.chance(0.6)
+            else self.node("Mul", [x, x], x.shape)
+        )
         mean = self.reduce("ReduceMean", square, [-1])
         root = self.node("Sqrt", [self.pointwise("Add", mean, self.scalar(1e-5))], mean.shape)
         if self.chance(0.5):

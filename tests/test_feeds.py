@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.feeds import candidate_feeds, first_run, first_working, generate_feeds, load_feeds
+from onnx_autoglm.feed_files import load_feeds
+from onnx_autoglm.feeds import candidate_feeds, first_run, first_working, generate_feeds
 from onnx_autoglm.runtime import Session
 
 

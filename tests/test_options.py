@@ -15,8 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_documentation_is_that_of_the_code() -> None:
-    done = subprocess.run([sys.executable, ROOT / "tools/options.py"], capture_output=True, text=True, check=True)
-    assert done.stdout == (ROOT / "docs/options.md").read_text(), "run: python tools/options.py > docs/options.md"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/options.py"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (ROOT / "docs/options.md").read_text(), (
+        "run: python tools/options.py > docs/options.md"
+    )
 
 
 def test_every_option_says_what_it_does_and_has_its_own_name() -> None:

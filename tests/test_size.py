@@ -44,7 +44,9 @@ def test_equal_polynomials_are_equal_objects(a: Size, b: Size) -> None:
     assert sub(add(a, b), b) == a
 
 
-@given(sizes, st.integers(1, 9) | st.sampled_from([B, S, mul(2, B), mul(B, S)]))
+@given(
+    sizes, st.integers(1, 9) | st.sampled_from([B, S, mul(2, B), mul(B, S), add(B, S), add(mul(3, B), -2)])
+)
 def test_division_undoes_multiplication(a: Size, b: Size) -> None:
     assert exact_div(mul(a, b), b) == a
 
@@ -59,6 +61,10 @@ def test_division_is_exact_or_refused() -> None:
     assert exact_div(add(B, S), add(B, S)) == 1
     assert exact_div(mul(add(B, S), B), B) == add(B, S)
     assert exact_div(8, B) is None
+    assert exact_div(mul(add(B, S), 8), add(B, S)) == 8
+    assert exact_div(mul(add(B, S), sub(B, S)), add(B, S)) == sub(B, S)
+    assert exact_div(add(mul(B, B), S), add(B, S)) is None
+    assert exact_div(B, 0) is None
 
 
 def test_only_a_multiple_is_larger() -> None:

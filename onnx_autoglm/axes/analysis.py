@@ -51,6 +51,7 @@ class Analysis:
         self.pins: list[tuple[Dim, Pin]] = []
         self.floors: list[tuple[Dim, int]] = []
         self.roles: list[tuple[Dim, Role, ir.Node]] = []
+        self.products: list[list[Dim]] = []  # all axes of each product, before any is summed over
         self.zero_checks: list[ZeroCheck] = []
         self.counted: list[CountedAttribute] = []
         self.defaulted: list[DefaultedAttribute] = []

@@ -17,7 +17,9 @@ def find_outers(analysis: Analysis, uses: list[Use], atoms: list[Atom]) -> dict[
     """For each atom its outer atoms among `atoms`, in their order."""
     wanted = set(atoms)
     common: dict[Atom, set[Atom]] = {}
-    for dims in [dims for dims in analysis.values.values() if dims] + [use.dims for use in uses]:
+    # A product counts as one array: what it sums over may not vary with an atom that is free on both sides.
+    arrays = [dims for dims in analysis.values.values() if dims] + analysis.products
+    for dims in [*arrays, *(use.dims for use in uses)]:
         for atom, around in _around(dims, wanted):
             common[atom] = common[atom] & around if atom in common else around
     outers = {atom: tuple(outer for outer in atoms if outer in common.get(atom, set())) for atom in atoms}

@@ -6,7 +6,7 @@ from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.dims import UNIT, Dim
 from onnx_autoglm.axes.facts import Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
-from onnx_autoglm.axes.size import Size, exact_div
+from onnx_autoglm.axes.size import Size, add, exact_div
 
 SPATIAL = "a spatial axis"
 
@@ -58,14 +58,18 @@ def _shrink(op: Op, spatial: list[Dim], kernel: list[Size]) -> list[Dim]:
     sizes: list[Dim] = []
     for axis, dim in enumerate(spatial):
         size, width, stride = ax.size_of(dim), kernel[axis], strides[axis]
-        if not isinstance(size, int) or not isinstance(width, int):
+        if not isinstance(width, int) or not (isinstance(size, int) or stride == 1):
             sizes.append(op.born(op.opaque(), SPATIAL))
             continue
         if auto.startswith("SAME"):
-            sizes.append(op.born(-(-size // stride), SPATIAL))
+            sizes.append(op.born(-(-size // stride) if isinstance(size, int) else size, SPATIAL))
             continue
-        padded = size + (0 if auto == "VALID" else pads[axis] + pads[axis + count])
-        room = padded - dilations[axis] * (width - 1) - 1
+        padding = 0 if auto == "VALID" else pads[axis] + pads[axis + count]
+        spread = dilations[axis] * (width - 1)
+        if not isinstance(size, int):
+            sizes.append(op.born(add(size, padding - spread), SPATIAL))
+            continue
+        room = size + padding - spread - 1
         steps = -(-room // stride) if op.attr_int("ceil_mode", 0) else room // stride
         if op.attr_int("ceil_mode", 0) and steps * stride >= size + pads[axis]:
             steps -= 1  # a window may not start in the padding behind

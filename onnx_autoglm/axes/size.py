@@ -76,25 +76,38 @@ def sub(a: Size, b: Size) -> Size:
 
 
 def exact_div(a: Size, b: Size) -> Size | None:
-    """`a / b` where it is exact and `b` is a number or a single monomial, otherwise None."""
+    """`a / b` where it is exact, otherwise None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b and a % b == 0 else None
-    divisor = list(_terms(b).items())
-    if a == b:
-        return 1
-    if len(divisor) != 1:
+    divisor = _terms(b)
+    if not divisor:
         return None
-    (monomial, factor), quotient = divisor[0], {}
-    for left, x in _terms(a).items():
-        rest = list(left)
-        for name in monomial:
-            if name not in rest:
-                return None
-            rest.remove(name)
-        if x % factor:
+    lead = max(divisor, key=_degree)
+    rest, quotient = a, {}
+    while rest != 0:
+        terms = _terms(rest)
+        top = max(terms, key=_degree)
+        monomial = _without(top, lead)
+        if monomial is None or terms[top] % divisor[lead]:
             return None
-        quotient[tuple(rest)] = x // factor
+        quotient[monomial] = terms[top] // divisor[lead]
+        rest = sub(rest, mul(b, _make({monomial: quotient[monomial]})))
     return _make(quotient)
+
+
+def _degree(monomial: Monomial) -> tuple[int, Monomial]:
+    """A monomial order: the leading term of a product is the product of the leading terms."""
+    return len(monomial), monomial
+
+
+def _without(monomial: Monomial, divisor: Monomial) -> Monomial | None:
+    """The monomial divided by another one; None if that does not divide it."""
+    rest = list(monomial)
+    for name in divisor:
+        if name not in rest:
+            return None
+        rest.remove(name)
+    return tuple(rest)
 
 
 def is_larger(a: Size, b: Size) -> bool:

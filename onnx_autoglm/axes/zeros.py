@@ -6,10 +6,12 @@ made from those slices alone, through operators that keep zero. Anything unknown
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 from onnx_autoglm.axes.analysis import Analysis
-from onnx_autoglm.axes.dims import Atom, leaves
+from onnx_autoglm.axes.dims import Atom, Dim, Sum, parts_of, resolve
 
 # f(0) = 0, or an operator that only moves entries of its first input.
 _FIRST = frozenset(
@@ -19,7 +21,7 @@ _FIRST = frozenset(
     "Transpose Unsqueeze Gather GatherND GatherElements HardSwish ReduceSum ReduceMean ReduceMax ReduceMin "
     "ReduceL1 ReduceL2 ReduceSumSquare RotaryEmbedding DequantizeLinear QuantizeLinear Trilu CumSum".split()
 )
-_ANY = frozenset("Mul MatMul And FusedMatMul Einsum".split())
+_PRODUCTS = frozenset("Mul And MatMul FusedMatMul Einsum Gemm Conv ConvTranspose FusedConv".split())
 _ALL = frozenset("Add Sub Sum Max Min Mean Or Xor FastGelu BiasGelu".split())
 _PER_CHANNEL = frozenset(
     "BatchNormalization InstanceNormalization LayerNormalization RMSNormalization GroupNormalization "
@@ -38,49 +40,80 @@ class Zeros:
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is None:
             return False
-        if not self._contains(node, index, atom):
+        if not self._places(node, index, atom):
             return False
         if value.const_value is not None or value.is_initializer():
             return True
         return self._value_is_zero(value, atom)
 
-    def _contains(self, node: ir.Node, index: int, atom: Atom) -> bool:
-        dims = self._analysis.input_dims(node, index) or []
-        return any(atom in leaves(dim) for dim in dims)
+    def _places(self, node: ir.Node, index: int, atom: Atom) -> int:
+        return _places(self._analysis.input_dims(node, index) or [], atom)
 
     def _value_is_zero(self, value: ir.Value, atom: Atom) -> bool:
         key = (value, atom)
         if key not in self._known:
             self._known[key] = False  # a cycle cannot occur; this guards the recursion all the same
             node = value.producer()
-            self._known[key] = node is not None and self._made_zero(node, atom)
+            self._known[key] = node is not None and self._made_zero(node, value, atom)
         return self._known[key]
 
-    def _made_zero(self, node: ir.Node, atom: Atom) -> bool:
-        def zero(index: int) -> bool:
-            return self.input_is_zero(node, index, atom)
+    def _made_zero(self, node: ir.Node, value: ir.Value, atom: Atom) -> bool:
+        # An array that holds the atom in two axes must be zero at a masked index of either.
+        places = _places(self._analysis.values.get(value) or [], atom)
 
-        inputs = [index for index, value in enumerate(node.inputs) if value is not None]
+        def zero(index: int) -> bool:
+            return self.input_is_zero(node, index, atom) and self._places(node, index, atom) >= places
+
+        inputs = [index for index, given in enumerate(node.inputs) if given is not None]
         kind = node.op_type
         if kind in _FIRST:
             return zero(0)
-        if kind in _ANY:
-            return any(zero(index) for index in inputs)
+        if kind in _PRODUCTS:
+            factors = [index for index in inputs[:2] if self.input_is_zero(node, index, atom)]
+            carried = sum(_places(self._carried(node, index), atom) for index in factors)
+            return carried >= max(places, 1) and (2 not in inputs or zero(2))
         if kind in _ALL:
             return all(zero(index) for index in inputs)
         if kind == "Div":
-            return zero(0) and not zero(1)  # 0/0 is not a number
+            return zero(0) and not self.input_is_zero(node, 1, atom)  # 0/0 is not a number
         if kind == "Where":
             return zero(1) and zero(2)
         if kind == "Concat":
-            return all(zero(index) for index in inputs if self._contains(node, index, atom))
-        if kind in ("Gemm", "Conv", "ConvTranspose", "FusedConv"):
-            return (zero(0) or zero(1)) and (2 not in inputs or zero(2))
+            return all(
+                self.input_is_zero(node, index, atom) for index in inputs if self._places(node, index, atom)
+            )
         if kind in _PER_CHANNEL:
             return zero(1) and (2 not in inputs or zero(2))
         if kind == "Pow":
             return zero(0) and _is_positive(node.inputs[1])
         return False
+
+    def _carried(self, node: ir.Node, index: int) -> list[Dim]:
+        """The axes of a factor that its product has too, those that are not summed over."""
+        dims = list(self._analysis.input_dims(node, index) or [])
+        if node.op_type in ("Mul", "And"):
+            return dims
+        if node.op_type == "Einsum":
+            terms, _, output = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+            letters = terms.split(",")[index]
+            return [dim for letter, dim in zip(letters, dims, strict=False) if letter in output]
+        if node.op_type in ("MatMul", "FusedMatMul", "Gemm"):
+            turned = node.attributes.get_int("transB" if index else "transA", 0)
+            summed = -1 if bool(turned) == bool(index) else -2
+            return [dim for axis, dim in enumerate(dims, -len(dims)) if axis != summed and len(dims) > 1]
+        return dims[:1] if index == 0 or node.op_type != "ConvTranspose" else dims
+
+
+def _places(dims: Iterable[Dim], atom: Atom) -> int:
+    """How many indices of the atom one entry of an array has; places in parts of a sum exclude each other."""
+    found = 0
+    for dim in dims:
+        for factor in resolve(dim):
+            if isinstance(factor.bound, Sum):
+                found += max(_places([part], atom) for part in parts_of(factor))
+            else:
+                found += factor is atom
+    return found
 
 
 def _is_positive(exponent: ir.Value | None) -> bool:
