@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import Flag, collect, flags
+from onnx_autoglm.options import TOLERANCE, Flag, collect, flags
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
 
@@ -67,7 +67,7 @@ def _option(flag: Flag) -> click.Option:
         return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
     if get_origin(kind) is Literal:
         settings["type"] = click.Choice([str(value) for value in get_args(kind)])
-    elif get_origin(kind) in (tuple, dict):
+    elif get_origin(kind) is tuple or flag.metavar == "KIND=FRACTION":
         settings["multiple"] = True
     elif kind in (int, float):
         settings["type"] = kind
@@ -80,6 +80,8 @@ def _fractions(values: tuple[str, ...]) -> dict[str, float] | None:
     result: dict[str, float] = {}
     for item in ",".join(values).split(",") if values else ():
         kind, sign, number = item.strip().partition("=")
+        if kind in result:
+            raise UserError(f"--prune gives {kind} twice")
         try:
             result[kind] = float(number)
         except ValueError:
@@ -149,7 +151,7 @@ def inspect(model: Path, as_json: bool) -> None:
     "--inputs", type=click.Path(path_type=Path), help="Sample inputs (.npz) instead of generated ones."
 )
 @click.option(
-    "--tolerance", type=float, default=1e-4, show_default=True, help="Relative difference that passes."
+    "--tolerance", type=float, default=TOLERANCE, show_default=True, help="Relative difference that passes."
 )
 @click.option("-q", "--quiet", is_flag=True, help="Only errors.")
 def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance: float, quiet: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import onnx_ir as ir
@@ -15,10 +16,10 @@ SEQUENCE = 128
 
 
 def count_flops(analysis: Analysis, selection: Selection | None = None) -> int:
-    """Multiply-adds of all products and convolutions, one multiply-add counted as one.
+    """Multiply-adds of all matrix products, convolutions and fused attentions, each counted as one.
 
     Symbolic axes count as 1 where they are the first axis of a graph input (the batch) and as
-    `SEQUENCE` otherwise. Elementwise work is left out, as is usual.
+    `SEQUENCE` otherwise. Elementwise work is left out, as is usual; so are products with packed weights.
     """
     size = size_of if selection is None else selection.size
     batch = {
@@ -30,7 +31,8 @@ def count_flops(analysis: Analysis, selection: Selection | None = None) -> int:
     def number(dim: Dim) -> int:
         return _evaluate(size(dim), batch)
 
-    return sum(_node_flops(analysis, node, number) for node in analysis.graph)
+    products = sum(math.prod(map(number, dims)) for dims in analysis.products)
+    return products + sum(_other(analysis, node, number) for node in analysis.graph)
 
 
 def _evaluate(size: Size, batch: set[str]) -> int:
@@ -44,46 +46,27 @@ def _evaluate(size: Size, batch: set[str]) -> int:
     return total
 
 
-def _node_flops(analysis: Analysis, node: ir.Node, number: Callable[[Dim], int]) -> int:
-    counted = node.op_type in ("MatMul", "Gemm", "Conv", "ConvTranspose", "FusedConv", "FusedMatMul")
-    output = analysis.values.get(node.outputs[0])
+def _other(analysis: Analysis, node: ir.Node, number: Callable[[Dim], int]) -> int:
+    """Multiply-adds of operators that are more than one product."""
+    if node.op_type in ("Conv", "FusedConv", "ConvTranspose"):
+        output, weight = analysis.values.get(node.outputs[0]), analysis.input_dims(node, 1)
+        data = analysis.input_dims(node, 0)
+        if output is None or weight is None or data is None:
+            return 0
+        # A convolution does this work per output entry, a transposed one per input entry.
+        places = data if node.op_type == "ConvTranspose" else output
+        return math.prod(map(number, places)) * math.prod(map(number, weight[1:]))
     if node.op_type in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
-        return _attention_flops(analysis, node, number)
-    if not counted or output is None or analysis.input_dims(node, 1) is None:
+        return _attention(analysis, node, number)
+    return 0
+
+
+def _attention(analysis: Analysis, node: ir.Node, number: Callable[[Dim], int]) -> int:
+    """Scores and weighted values: `queries * heads * channels * keys`, twice."""
+    result, key = analysis.values.get(node.outputs[0]), None
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        key = analysis.input_dims(node, 1)
+    if result is None:
         return 0
-    total = 1
-    for dim in output:
-        total *= number(dim)
-    return total * _contracted(analysis, node, number)
-
-
-def _contracted(analysis: Analysis, node: ir.Node, number: Callable[[Dim], int]) -> int:
-    """Multiply-adds per output entry."""
-    left, right = analysis.input_dims(node, 0) or [], analysis.input_dims(node, 1) or []
-    if node.op_type in ("Conv", "FusedConv"):
-        return _times(number, right[1:])
-    if node.op_type == "ConvTranspose":
-        # Each input entry meets every output channel and kernel position; per output entry on average.
-        return number(right[0]) * _times(number, right[2:])
-    flipped = "transA" in node.attributes and node.attributes["transA"].as_int() != 0
-    return number(left[-2] if flipped and len(left) > 1 else left[-1])
-
-
-def _times(number: Callable[[Dim], int], dims: list[Dim]) -> int:
-    total = 1
-    for dim in dims:
-        total *= number(dim)
-    return total
-
-
-def _attention_flops(analysis: Analysis, node: ir.Node, number: Callable[[Dim], int]) -> int:
-    """Scores and weighted values: about queries * keys * (query channels + value channels)."""
-    query = analysis.input_dims(node, 0)
-    if query is None:
-        return 0
-    total = _times(number, query)
-    keys = SEQUENCE
-    key = analysis.input_dims(node, 1) if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    if key is not None:
-        keys = number(key[-2])
-    return 2 * total * keys
+    keys = SEQUENCE if key is None else number(key[-2])
+    return 2 * math.prod(map(number, result)) * keys

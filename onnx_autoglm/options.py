@@ -32,10 +32,10 @@ def _flag(name: str, metavar: str | None = None) -> dict[str, Any]:
 class PruningOptions(_Options):
     """What to remove and how to choose it."""
 
-    sparsity_level: dict[str, float] = Field(
+    sparsity_level: dict[str, float] | float = Field(
         default={},
         description="The fraction to remove of each kind of structure, for example query-head=0.5. Repeatable, or "
-        "comma-separated. Without it a quarter of the query heads and FFN channels goes (of the convolution "
+        "comma-separated. A plain number in a configuration means the usual kinds. Without it a quarter of the query heads and FFN channels goes (of the convolution "
         "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
         json_schema_extra=_flag("--prune", "KIND=FRACTION"),
     )
@@ -61,8 +61,12 @@ class PruningOptions(_Options):
         description="Leave structures alone whose name matches one of these globs.",
         json_schema_extra=_flag("--exclude", "GLOB"),
     )
-    protect_first: int = Field(default=0, ge=0, description="Leave the first N layers of each kind alone.")
-    protect_last: int = Field(default=0, ge=0, description="Leave the last N layers of each kind alone.")
+    protect_first: int = Field(
+        default=0,
+        ge=0,
+        description="Leave the first N structures of each kind alone (a transformer layer has one of each).",
+    )
+    protect_last: int = Field(default=0, ge=0, description="Leave the last N structures of each kind alone.")
     min_keep: int = Field(default=1, ge=1, description="Keep at least this many in each layer (and group).")
     align: int = Field(
         default=1,
@@ -71,32 +75,27 @@ class PruningOptions(_Options):
         "removed elsewhere. Heads, groups and experts are not aligned.",
     )
     schedule: Literal["one-shot"] = Field(default="one-shot", description="When to remove: all at once.")
-    seed: int = Field(default=0, description="Seed of the random criterion and of generated inputs.")
-
-    @field_validator("sparsity_level", mode="before")
-    @classmethod
-    def _one_fraction(cls, value: Any) -> Any:
-        """A plain number in a configuration file means the default kinds."""
-        if isinstance(value, int | float):
-            return {"query-head": float(value), "ffn-channel": float(value)}
-        return value
+    seed: int = Field(default=0, ge=0, description="Seed of the random criterion and of generated inputs.")
 
     @field_validator("sparsity_level")
     @classmethod
-    def _known_kinds(cls, value: dict[str, float]) -> dict[str, float]:
-        for kind, fraction in value.items():
-            if kind not in KINDS:
+    def _known_kinds(cls, value: dict[str, float] | float) -> dict[str, float] | float:
+        for kind, fraction in value.items() if isinstance(value, dict) else [("all", value)]:
+            if kind not in KINDS and isinstance(value, dict):
                 raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
             if not 0 < fraction < 1:
                 raise ValueError(f"{kind}={fraction:g}: the fraction to remove must lie between 0 and 1")
         return value
 
 
+TOLERANCE = 1e-4  # relative, per output: rounding of float32 through a deep network
+
+
 class CheckOptions(_Options):
     """How the result is proved."""
 
     tolerance: float = Field(
-        default=1e-4,
+        default=TOLERANCE,
         gt=0,
         description="The largest relative difference between masked source and pruned model that passes.",
     )
@@ -170,7 +169,10 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
         *sections, name = known[keyword].path
         target = data
         for section in sections:
-            target[section] = dict(target.get(section) or {})
+            inner = target.get(section) or {}
+            if not isinstance(inner, dict):
+                raise UserError(f"{config}: {section}: expected options below it, found {inner!r}")
+            target[section] = dict(inner)
             target = target[section]
         target[name] = value
     return make_options(data, str(config) if config else "options")

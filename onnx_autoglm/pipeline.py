@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +12,22 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
-from onnx_autoglm.axes.dims import leaves
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
-from onnx_autoglm.options import DEFAULT_FRACTION, Options, collect, matches
+from onnx_autoglm.options import DEFAULT_FRACTION, TOLERANCE, Options, collect, matches
+from onnx_autoglm.output import publish, staging
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
-from onnx_autoglm.passes.check_onnx import check_onnx
-from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose
+from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
+from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose, shortfalls
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_random import ScoreRandom
 from onnx_autoglm.plan import Plan, sha256
-from onnx_autoglm.report import Inspection, ModelFigures, Report, StructureReport
+from onnx_autoglm.report import Inspection, Report
+from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
 
 Progress = Callable[[str], None]
 
@@ -61,6 +59,8 @@ def optimize(
         CheckFailed: the result could not be proved equal to the masked source; nothing was written.
     """
     source_path, folder = Path(model), Path(output)
+    if options is not None and (given or config is not None):
+        raise UserError("give either options or single options (and config), not both")
     options = collect(given, config) if options is None else options
     clock = _Clock(progress)
     with clock("open"):
@@ -72,7 +72,7 @@ def optimize(
         feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
     with clock("infer axes") as effect:
         structures = analyse(source.clone())
-        before = _figures(source, source_path, count_flops(structures.analysis), nodes)
+        before = figures(source, source_path, count_flops(structures.analysis), nodes)
         before.sha256 = sha256(source_path)
         effect["structures"] = len(structures.found)
     fractions, asked, notes = _fractions(structures, options)
@@ -85,14 +85,18 @@ def optimize(
     with clock("choose") as effect:
         selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
         effect["cut"] = len(selection.kept)
+        missed = shortfalls(decisions, fractions, options.pruning)
+        if missed and asked:
+            raise UserError("\n".join(missed))
+        notes += missed
         _refuse_nothing(decisions)
-    structure_reports, pins = _structure_reports(structures, decisions, scores), _pin_counts(structures)
+    reports, pins = structure_reports(structures, decisions, scores), pin_reports(structures)
     with clock("remove and repair") as effect:
         after_flops = count_flops(structures.analysis, selection)
         cut = apply_selection(structures, selection)
         plan = cut.plan({"file": source_path.name, "sha256": before.sha256})
         effect.update(initializers=len({r.initializer for r in cut.removals}), repairs=cut.repairs)
-    with _staging(folder) as staged:
+    with staging(folder) as staged:
         with clock("write"):
             modelfile.save_model(
                 cut.model,
@@ -102,6 +106,7 @@ def optimize(
             )
         with clock("check"):
             notes += check_onnx(staged / "model.onnx", source_path)
+            notes += check_loads(staged / "model.onnx", source_path)
             pruned = modelfile.open_model(staged / "model.onnx")
             proof = check_masked(
                 source,
@@ -116,19 +121,19 @@ def optimize(
             _refuse_failure(proof)
         report = Report(
             source=before,
-            result=_figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
+            result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
             passes=clock.passes,
-            structures=structure_reports,
+            structures=reports,
             pins=pins,
-            check=_proof_json(proof),
-            options=options.model_dump(mode="json"),
-            versions=_versions(),
+            check=proof_json(proof),
+            options={**options.model_dump(mode="json"), "fractions": fractions},
+            versions=versions(),
             notes=notes,
         )
         report.result.sha256 = sha256(staged / "model.onnx")
         (staged / "plan.json").write_text(json.dumps(plan.as_json()) + "\n")
         report.write(staged / "report.json")
-        _publish(staged, folder)
+        publish(staged, folder)
     return report
 
 
@@ -142,9 +147,9 @@ def inspect(model: Path | str) -> Inspection:
     source = modelfile.open_model(path)
     nodes = source.graph.num_nodes()
     structures = analyse(canonicalize(source))
-    figures = _figures(source, path, count_flops(structures.analysis), nodes)
-    reports = _structure_reports(structures, [], {})
-    return Inspection(figures, reports, _pin_counts(structures), time.perf_counter() - started)
+    found = figures(source, path, count_flops(structures.analysis), nodes)
+    reports = structure_reports(structures, [], {})
+    return Inspection(found, reports, pin_reports(structures), time.perf_counter() - started)
 
 
 def check(
@@ -153,7 +158,7 @@ def check(
     pruned: Path | str,
     *,
     inputs: Path | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     progress: Progress = lambda _: None,
 ) -> Proof:
     """Repeats the proof of a pruned model from its plan alone.
@@ -179,16 +184,19 @@ def check(
 
 
 def _fractions(structures: Structures, options: Options) -> tuple[dict[str, float], bool, list[str]]:
-    if options.pruning.sparsity_level:
-        return dict(options.pruning.sparsity_level), True, []
+    wanted = options.pruning.sparsity_level
+    if isinstance(wanted, dict) and wanted:
+        return dict(wanted), True, []
+    fraction = wanted if isinstance(wanted, float) else DEFAULT_FRACTION
     found = {structure.kind for structure in structures.found if not structure.pins}
     usual: list[str] = ["query-head", "ffn-channel"]
     kinds = [kind for kind in usual if kind in found]
     if not kinds and "conv-channel" in found:
         kinds.append("conv-channel")
     what = " and ".join(f"{kind}s" for kind in kinds)
-    note = f"no --prune given: removing a quarter of the {what}, as near as their counts allow"
-    return dict.fromkeys(kinds, DEFAULT_FRACTION), False, [note]
+    share = "a quarter" if fraction == DEFAULT_FRACTION else f"{fraction:.0%}"
+    note = f"no kinds given: removing {share} of the {what}, as near as their counts allow"
+    return dict.fromkeys(kinds, fraction), False, [note]
 
 
 def _refuse_unknown_layers(options: Options, structures: Structures) -> None:
@@ -243,40 +251,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, on the same disk; gone afterwards, whatever happens."""
-    parent = folder.absolute().parent
-    created = [path for path in (parent, *parent.parents) if not path.exists()]
-    staged = parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
-        try:
-            staged.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {parent}: {error.strerror}; choose another output folder"
-            ) from error
-        yield staged
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        for path in created:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-
-
-def _publish(staged: Path, folder: Path) -> None:
-    """Moves the finished files into place, weights first, so that a model never lacks its data."""
-    folder.mkdir(exist_ok=True)
-    names = ["model.onnx.data", "model.onnx", "plan.json", "report.json"]
-    stale = folder / "model.onnx.data"
-    inline = not (staged / "model.onnx.data").exists()
-    for name in names:
-        if (staged / name).exists():
-            os.replace(staged / name, folder / name)
-    if inline:
-        stale.unlink(missing_ok=True)
-
-
 def _refuse_failure(proof: Proof) -> None:
     if proof.holds:
         return
@@ -291,7 +265,7 @@ def _refuse_failure(proof: Proof) -> None:
     raise CheckFailed(f"masked source and pruned model differ at output {difference.output}: {detail}")
 
 
-# --- the report
+# --- time
 
 
 class _Clock:
@@ -308,95 +282,3 @@ class _Clock:
         effect: dict[str, Any] = {}
         yield effect
         self.passes.append({"name": name, "seconds": round(time.perf_counter() - started, 3), **effect})
-
-
-def _figures(model: ir.Model, path: Path, flops: int, nodes: int) -> ModelFigures:
-    return ModelFigures(
-        file=path.name,
-        parameters=modelfile.parameters(model),
-        bytes=modelfile.weight_bytes(model),
-        flops=flops,
-        nodes=nodes,
-    )
-
-
-def _structure_reports(
-    structures: Structures, decisions: list[Decision], scores: dict[Structure, Scores]
-) -> list[StructureReport]:
-    decided = {decision.structure: decision for decision in decisions}
-    total = max(sum(_entries(value) for value in structures.analysis.graph.initializers.values()), 1)
-    reports = []
-    for structure in structures.found:
-        decision = decided.get(structure)
-        reports.append(
-            StructureReport(
-                id=structure.id,
-                kind=structure.kind,
-                size=structure.size,
-                groups=structure.groups,
-                kept=decision.keep if decision else structure.size,
-                parameters=structure.parameters,
-                share=structure.parameters / total,
-                cost_per_index=structure.cost,
-                scores=_summary(scores.get(structure)),
-                interface=structure.interface,
-                pins=[str(pin) for pin in structure.pins],
-                reason=decision.reason if decision else "",
-            )
-        )
-    return reports
-
-
-def _entries(value: ir.Value) -> int:
-    return 0 if value.const_value is None else int(value.const_value.size)
-
-
-def _summary(scores: Scores | None) -> dict[str, float]:
-    if scores is None:
-        return {}
-    return {
-        "min": float(scores.min()),
-        "mean": float(scores.mean()),
-        "max": float(scores.max()),
-        "std": float(scores.std()),
-    }
-
-
-def _pin_counts(structures: Structures) -> dict[str, int]:
-    """Every reason why an axis of a weight stays, with how many axes it holds, most frequent first."""
-    counts = Counter(str(pin) for structure in structures.found for pin in structure.pins)
-    listed = {structure.atom for structure in structures.found}
-    others = {
-        atom
-        for use in structures.uses
-        if use.value.const_value is not None and use.value.const_value.dtype.is_floating_point()
-        for dim in use.dims
-        for atom in leaves(dim)
-        if atom not in listed
-    }
-    for dim, pin in structures.analysis.pins:
-        counts[str(pin)] += len(others & set(leaves(dim)))
-    return {reason: count for reason, count in counts.most_common() if count}
-
-
-def _proof_json(proof: Proof) -> dict[str, Any]:
-    return {
-        "relative_difference": proof.difference.relative,
-        "output": proof.difference.output,
-        "tolerance": proof.tolerance,
-        "precision": proof.precision,
-        "inputs": proof.inputs,
-    }
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"python": platform.python_version()}
-    for name in ("onnx-autoglm", "onnx", "onnx-ir", "onnxruntime", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -17,6 +17,9 @@ from onnx_autoglm.errors import UserError
 from onnx_autoglm.sliced_tensor import SlicedTensor
 
 FORMAT = "onnx-autoglm/plan"
+_REMOVAL = {"initializer", "axis", "kept", "consumers"}
+_INTERFACE = {"name", "axis", "kept"}
+_LOSSY = {"consumer", "how", "inputs", "outputs"}
 VERSION = 1
 
 
@@ -25,14 +28,14 @@ class Plan:
     """The content of `plan.json`.
 
     `removals` cut initializers of the source. `interfaces` cut graph inputs and outputs (caches) in the
-    same terms. `lossy` lists norms and selections that see fewer entries, for the proof.
+    same terms. `lossy` lists norms and selections that see fewer entries, for the proof. See docs/formats.md.
     """
 
     source: dict[str, Any]
     structures: list[dict[str, Any]]
     removals: list[dict[str, Any]]
-    interfaces: list[dict[str, Any]]
-    lossy: list[dict[str, Any]]
+    interfaces: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lossy: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
@@ -48,11 +51,17 @@ class Plan:
             raise UserError(f"{path} is not a plan: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
             raise UserError(f"{path} is not a plan of version {VERSION} ({FORMAT})")
-        fields = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in fields if name not in data]
+        missing = [name for name in ("source", "structures", "removals") if name not in data]
         if missing:
             raise UserError(f"the plan {path} lacks {', '.join(missing)}: write it again with optimize")
-        return cls(**{name: data[name] for name in fields})
+        names = [field.name for field in dataclasses.fields(cls) if field.name in data]
+        plan = cls(**{name: data[name] for name in names})
+        for entry, keys in ((plan.removals, _REMOVAL), (plan.interfaces, _INTERFACE), (plan.lossy, _LOSSY)):
+            if not isinstance(entry, list) or any(not isinstance(e, dict) or keys - set(e) for e in entry):
+                raise UserError(
+                    f"the plan {path} is damaged: an entry lacks one of {', '.join(sorted(keys))}"
+                )
+        return plan
 
 
 def describe_structure(structure: Structure, selection: Selection) -> dict[str, Any] | None:

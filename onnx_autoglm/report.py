@@ -17,7 +17,7 @@ VERSION = 1
 
 @dataclasses.dataclass
 class ModelFigures:
-    """What a model weighs. `flops` are multiply-adds of one run at batch 1 and sequence 128."""
+    """What a model weighs: `bytes` of weights, `flops` in multiply-adds of one run at batch 1, sequence 128."""
 
     file: str
     parameters: int
@@ -27,11 +27,24 @@ class ModelFigures:
     sha256: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class PinReport:
+    """A reason why an axis stays, the node that gives it, and how many axes of weights it holds."""
+
+    reason: str
+    node: str
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.node})" if self.node else self.reason
+
+
 @dataclasses.dataclass
 class StructureReport:
     """One structure: `size` and `kept` count indices per selection, of which there are `groups`."""
 
     id: str
+    layer: str
     kind: str
     size: int
     groups: int
@@ -41,7 +54,7 @@ class StructureReport:
     cost_per_index: float
     scores: dict[str, float]
     interface: list[str]
-    pins: list[str]
+    pins: list[PinReport]
     reason: str = ""
 
 
@@ -51,7 +64,7 @@ class Inspection:
 
     source: ModelFigures
     structures: list[StructureReport]
-    pins: dict[str, int]
+    pins: list[PinReport]
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
@@ -85,19 +98,17 @@ class Inspection:
                 console.print(f"  {line}", highlight=False, markup=False)
 
 
-def _grouped(pins: dict[str, int]) -> list[str]:
+def _grouped(pins: list[PinReport]) -> list[str]:
     """One line per reason, naming the node of the first place; the others are in the JSON."""
-    places: dict[str, list[str]] = defaultdict(list)
-    counts: Counter[str] = Counter()
-    for reason, count in pins.items():
-        text, _, node = reason.partition(" (")
-        counts[text] += count
-        places[text].append(node.removesuffix(")"))
+    places: dict[str, list[PinReport]] = defaultdict(list)
+    for pin in pins:
+        places[pin.reason].append(pin)
     lines = []
-    for text, count in counts.most_common():
-        where = places[text]
-        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        lines.append(f"{count} x {text}" + (f" ({where[0]}{more})" if where[0] else ""))
+    for reason, row in sorted(places.items(), key=lambda item: -sum(pin.count for pin in item[1])):
+        more = f" and {len(row) - 1} more" if len(row) > 1 else ""
+        lines.append(
+            f"{sum(pin.count for pin in row)} x {reason}" + (f" ({row[0].node}{more})" if row[0].node else "")
+        )
     return lines
 
 
@@ -118,7 +129,7 @@ class Report:
     result: ModelFigures
     passes: list[dict[str, Any]]
     structures: list[StructureReport]
-    pins: dict[str, int]
+    pins: list[PinReport]
     check: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
@@ -139,11 +150,10 @@ class Report:
         rows: dict[str, dict[str, str]] = defaultdict(dict)
         kinds: list[str] = []
         for entry in cut:
-            layer = entry.id.split(":")[0]
             each = f" x{entry.groups}" if entry.groups > 1 else ""
             cell = f"{entry.kept}/{entry.size}{each}"
-            before = rows[layer].get(entry.kind)
-            rows[layer][entry.kind] = f"{before}, {cell}" if before else cell
+            before = rows[entry.layer].get(entry.kind)
+            rows[entry.layer][entry.kind] = f"{before}, {cell}" if before else cell
             if entry.kind not in kinds:
                 kinds.append(entry.kind)
         table = Table(box=None, header_style="bold", pad_edge=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.feeds import candidate_feeds, first_run
 from onnx_autoglm.passes.mask import mask
 from onnx_autoglm.plan import Plan, cut_arrays
@@ -57,7 +58,8 @@ def check_masked(
         step: told what is going on.
 
     Raises:
-        UserError: one of the models does not load or run in ONNX Runtime.
+        UserError: the source does not load or run in ONNX Runtime.
+        CheckFailed: the source does, and the pruned model does not.
     """
     wide = needs_upcast(source)
     masked = mask(source, plan.removals, plan.lossy)
@@ -69,7 +71,11 @@ def check_masked(
     used, expected = first_run(session, candidates)
     del session
     step("running the pruned model")
-    actual = Session(pruned, scratch=scratch).run(cut_arrays(used, plan.interfaces))
+    try:
+        actual = Session(pruned, scratch=scratch).run(cut_arrays(used, plan.interfaces))
+    except UserError as error:
+        # The source runs on the same inputs, so this is no fault of the user's.
+        raise CheckFailed(f"the pruned model does not run where the source does: {error}") from error
     difference = compare(cut_arrays(expected, plan.interfaces), actual)
     shapes = {name: list(array.shape) for name, array in used.items()}
     return Proof(difference, shapes, "float32" if wide else "as exported", tolerance)

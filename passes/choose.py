@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -25,21 +26,7 @@ class Decision:
     structure: Structure
     keep: int
     reason: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Choose:
-    """Turns scores into a selection under the fractions of `PruningOptions`."""
-
-    options: PruningOptions
-
-    def __call__(
-        self,
-        structures: Sequence[Structure],
-        scores: Mapping[Structure, Scores],
-        fractions: Mapping[str, float],
-    ) -> tuple[Selection, list[Decision]]:
-        return choose(structures, scores, fractions, self.options)
+    counted: bool = False  # it took part in the choice, whatever came of it
 
 
 def candidates(
@@ -78,6 +65,36 @@ def _why_not(structure: Structure, row: list[Structure], options: PruningOptions
     if inner:
         return f"its inner factor {inner[0].id} is cut instead"
     return ""
+
+
+def shortfalls(
+    decisions: Sequence[Decision], fractions: Mapping[str, float], options: PruningOptions
+) -> list[str]:
+    """One line per kind whose target was missed by more than the rounding of its counts.
+
+    Layers that the model pins, or that the user left out, are no part of the target.
+    """
+    lines = []
+    for kind, fraction in fractions.items():
+        row = [d for d in decisions if d.structure.kind == kind and (d.counted or not d.reason)]
+        total = sum(d.structure.parameters for d in row)
+        removed = sum((d.structure.size - d.keep) * d.structure.cost * d.structure.groups for d in row)
+        tile = options.align if kind in ALIGNED else 1
+        rounding = sum(tile * d.structure.cost * d.structure.groups for d in row) / 2
+        if row and fraction * total - removed > rounding + 1e-6 * total:
+            lines.append(
+                f"{kind}={fraction:g} cannot be reached: {removed / total:.3f} can be removed with counts of "
+                f"{_sizes(row)}, floor {max(options.min_keep, *(d.structure.floor for d in row))}, tile {tile}"
+            )
+        elif row and not removed:
+            lines.append(
+                f"{kind}={fraction:g} removes nothing: the smallest step is 1 of {_sizes(row)}; raise it"
+            )
+    return lines
+
+
+def _sizes(row: Sequence[Decision]) -> str:
+    return ", ".join(str(size) for size in sorted({decision.structure.size for decision in row})[:4])
 
 
 def choose(
@@ -122,13 +139,11 @@ def _per_layer(row: list[_Layer], fraction: float) -> None:
 def _spend(row: list[_Layer], budget: float) -> None:
     """Removes the cheapest tile of all layers until the budget of parameters is spent, to the nearest."""
     spent = sum((layer.structure.size - layer.keep) * layer.cost for layer in row)
-    while True:
-        steps = [
-            (layer.next_score(), index) for index, layer in enumerate(row) if layer.next_keep() is not None
-        ]
-        if not steps:
-            return
-        layer = row[min(steps)[1]]
+    queue = [(layer.next_score(), index) for index, layer in enumerate(row) if layer.next_keep() is not None]
+    heapq.heapify(queue)
+    while queue:
+        _, index = heapq.heappop(queue)
+        layer = row[index]
         following = layer.next_keep()
         assert following is not None
         step = (layer.keep - following) * layer.cost
@@ -136,6 +151,8 @@ def _spend(row: list[_Layer], budget: float) -> None:
             return
         layer.keep = following
         spent += step
+        if layer.next_keep() is not None:
+            heapq.heappush(queue, (layer.next_score(), index))
 
 
 class _Layer:
@@ -173,7 +190,7 @@ class _Layer:
 
     def select(self, selection: Selection) -> None:
         structure = self.structure
-        self.decision.keep = self.keep
+        self.decision.keep, self.decision.counted = self.keep, True
         if self.keep == structure.size:
             self.decision.reason = (
                 f"the fraction leaves all {structure.size} (floor {self.floor}, tile {self.tile})"

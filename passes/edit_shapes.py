@@ -13,7 +13,7 @@ from onnx_autoglm.axes.dims import Dim, size_of
 from onnx_autoglm.axes.facts import label
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.size import Size, exact_div, mul
-from onnx_autoglm.errors import UserError
+from onnx_autoglm.errors import CheckFailed, UserError
 
 
 class ShapeEditor:
@@ -50,7 +50,7 @@ class ShapeEditor:
         assert value is not None
         contents = self.analysis.contents.get(value)
         if contents is None:
-            raise AssertionError(f"{label(node)}: nothing is known of input {index}")
+            raise CheckFailed(f"{label(node)}: nothing is known of input {index}")
         replacements: dict[int, Size] = {}
         for position, (entry, size) in enumerate(zip(contents.flat, sizes, strict=True)):
             before, now = evaluate(entry, size_of), evaluate(entry, self.selection.size)
@@ -130,7 +130,7 @@ class ShapeEditor:
             return self._constant([wanted], value)
         ratio = _ratio(wanted, now)
         if ratio is None:
-            raise AssertionError(f"{label(node)}: entry {position} became {wanted} from {now}")
+            raise CheckFailed(f"{label(node)}: entry {position} became {wanted} from {now}")
         entry = self._window(node, value, position, position + 1)
         grown = self._insert(node, "Mul", [entry, self._constant([ratio[0]], value)])
         return self._insert(node, "Div", [grown, self._constant([ratio[1]], value)])

@@ -40,11 +40,20 @@ def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[di
             raise UserError(
                 f"the plan cuts {name!r}, which the source does not hold: is it the right source?"
             )
+        _check_range(name, source.const_value.shape.numpy(), cuts)
         nodes = [_consumer(consumers, user) for user in users]
         _mask_initializer(model.graph, source, nodes, cuts)
     for entry in lossy:
         _narrow(model.graph, _consumer(consumers, entry["consumer"]), entry)
     return model
+
+
+def _check_range(name: str, shape: Sequence[int], cuts: list[dict[str, Any]]) -> None:
+    for cut in cuts:
+        axis, kept = cut["axis"], np.asarray(cut["kept"])
+        fits = isinstance(axis, int) and 0 <= axis < len(shape) and kept.dtype.kind == "i" and kept.size
+        if not fits or kept.min() < 0 or kept.max() >= shape[axis]:
+            raise UserError(f"the plan cuts {name!r} where the source has nothing: is it the right source?")
 
 
 def _consumer(consumers: dict[str | None, ir.Node], name: str) -> ir.Node:

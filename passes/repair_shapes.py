@@ -18,6 +18,7 @@ from onnx_autoglm.axes.contents import evaluate
 from onnx_autoglm.axes.dims import Dim, resolve, size_of
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.size import Size
+from onnx_autoglm.errors import CheckFailed
 from onnx_autoglm.passes.edit_shapes import ShapeEditor
 
 
@@ -75,7 +76,7 @@ class _Repair:
                 continue
             numbers = [size for size in before if isinstance(size, int)]
             if len(numbers) != len(before):
-                raise AssertionError(f"{value.name} is used as data and follows an axis that was cut")
+                raise CheckFailed(f"{value.name} is used as data and follows an axis that was cut")
             self.editor.set_constant(node, index, numbers, shape=contents.shape)
 
     # --- attributes and declarations
@@ -184,7 +185,9 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
 
 def _is_implied(node: ir.Node, sizes: list[int]) -> bool:
     """Whether a Split without sizes cuts so: in equal parts; only `num_outputs` allows a smaller last one."""
-    return sizes == _chunks(sum(sizes), len(sizes)) if "num_outputs" in node.attributes else len(set(sizes)) == 1
+    return (
+        sizes == _chunks(sum(sizes), len(sizes)) if "num_outputs" in node.attributes else len(set(sizes)) == 1
+    )
 
 
 def _chunks(total: int, count: int) -> list[int]:

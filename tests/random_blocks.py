@@ -24,13 +24,17 @@ def attention(b: Builder, x: Val) -> Val:
     if b.chance(0.15):
         q, k = b.norm(q), b.norm(k)
     kind = b.pick(["none", "half", "interleaved", "half", "interleaved"])
-    if kind != "none":
+    if b.opset >= 23 and b.chance(0.5):
+        kind = "op"
+    elif kind != "none":
         width_rotated = d if b.chance(0.5) else 2 * b.number(1, d // 2)
         tables = _rotary_tables(b, seq, width_rotated // 2)
         q, k = (_rotate(b, part, width_rotated, kind, tables) for part in (q, k))
     if kv == heads and b.chance(0.15) and not isinstance(d, str):
         return b.linear(_einsum_attention(b, q, k, v), width)
     q, k, v = (b.transpose(part, 0, 2, 1, 3) for part in (q, k, v))
+    if kind == "op":
+        q, k = _rotary_op(b, q, k)
     if b.chance(0.35):
         k, v = _cached(b, k, v)
     if b.opset >= 23 and b.chance(0.5):
@@ -126,6 +130,20 @@ def _rotate(b: Builder, x: Val, width: int, kind: str, tables: tuple[Val, Val]) 
         pair = [b.unsqueeze(part, -1) for part in _turn(b, first, second, cos, sin)]
         made = b.reshape(b.concat(pair, -1), rotated.shape)
     return made if rest is None else b.concat([made, rest], -1)
+
+
+def _rotary_op(b: Builder, q: Val, k: Val) -> tuple[Val, Val]:
+    """The RotaryEmbedding of opset 23 on [B, heads, S, d], with position ids."""
+    d = q.shape[-1]
+    assert isinstance(d, int)
+    width = d if b.chance(0.5) else 2 * b.number(1, d // 2)
+    angles = np.arange(32)[:, None] * 0.7 ** np.arange(width // 2)
+    tables = [b.small(wave(angles).astype(np.float32)) for wave in (np.cos, np.sin)]
+    attrs = {"interleaved": b.number(0, 1)} | ({"rotary_embedding_dim": width} if width != d else {})
+    b.marks.append("rotary")
+    positions = b.input((q.shape[0], q.shape[2]), TensorProto.INT64)
+    made = [b.node("RotaryEmbedding", [x, *tables, positions], x.shape, **attrs) for x in (q, k)]
+    return made[0], made[1]
 
 
 def _turn(b: Builder, first: Val, second: Val, cos: Val, sin: Val) -> tuple[Val, Val]:
@@ -236,6 +254,25 @@ def contrib_attention(b: Builder, x: Val) -> Val:
     bias = b.bias(3 * heads * d) if b.chance(0.4) else None
     out = b.node("MultiHeadAttention", [q, k, v, bias], q.shape, "com.microsoft", num_heads=heads)
     return b.linear(out, width)
+
+
+def grouped_contrib_attention(b: Builder, x: Val) -> Val:
+    """ONNX Runtime's GroupQueryAttention without a past, its inputs separate or packed."""
+    batch, seq, width = x.shape
+    if not isinstance(batch, int) or not isinstance(seq, int):
+        return contrib_attention(b, x)
+    assert isinstance(width, int)
+    kv, rep, d = b.pick([1, 2, 3]), b.pick([1, 2, 3]), 8
+    b.marks.append(f"gqa{kv * rep}/{kv}")
+    if b.chance(0.4):
+        q, k, v = b.linear(x, (kv * rep + 2 * kv) * d), None, None
+    else:
+        q, k, v = b.linear(x, kv * rep * d), b.linear(x, kv * d), b.linear(x, kv * d)
+    lengths = b.small(np.full(batch, seq - 1, dtype=np.int32)), b.small(np.array(seq, dtype=np.int32))
+    shapes = [(batch, seq, kv * rep * d), (batch, kv, seq, d), (batch, kv, seq, d)]
+    counts = {"num_heads": kv * rep, "kv_num_heads": kv}
+    made = b.many("GroupQueryAttention", [q, k, v, None, None, *lengths], shapes, "com.microsoft", **counts)
+    return b.linear(made[0], width)
 
 
 def feed_forward(b: Builder, x: Val) -> Val:
@@ -380,7 +417,7 @@ def sequence_model(b: Builder) -> None:
         experts,
         channel_mixing,
     ]
-    blocks += [contrib_attention] if b.chance(0.2) else []
+    blocks += [contrib_attention, grouped_contrib_attention] if b.chance(0.25) else []
     blocks += [oddity] if b.chance(0.15) else []
     style = b.pick(["pre", "post", "sandwich", "bare", "parallel"])
     for _ in range(b.number(1, 3)):
@@ -607,7 +644,8 @@ def image_model(b: Builder) -> None:
             x = b.pointwise("Add", x, b.pick([attention, feed_forward])(b, b.norm(x)))
         x = b.reduce("ReduceMean", x, [1], keep=False)
     elif b.chance(0.5):
-        x = b.node("Flatten", [b.node("GlobalAveragePool", [x], (*x.shape[:2], 1, 1))], x.shape[:2])
+        pooled = b.node(b.pick(["GlobalAveragePool", "GlobalMaxPool"]), [x], (*x.shape[:2], 1, 1))
+        x = b.node("Flatten", [pooled], x.shape[:2])
     else:
         flat = times(*x.shape[1:])
         if b.chance(0.5):
@@ -787,7 +825,8 @@ def _pad(b: Builder, x: Val, leading: int) -> Val | None:
 def _reduce(b: Builder, x: Val, leading: int) -> Val | None:
     if x.rank <= leading + 1:
         return None
-    op = b.pick(["ReduceSum", "ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
+    sums = ["ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2"]
+    op = b.pick([*sums, "ReduceMean", "ReduceMax", "ReduceMin", "ReduceLogSumExp"])
     made = b.reduce(op, x, [_axis(b, x, leading)], keep=b.chance(0.5))
     return made
 
@@ -806,7 +845,8 @@ def _residual(b: Builder, x: Val, leading: int) -> Val | None:
 
 
 def _normalise(b: Builder, x: Val, leading: int) -> Val | None:
-    return b.norm(x) if b.chance(0.5) else b.node("Softmax", [x], x.shape, axis=x.rank - 1)
+    form = b.pick(["norm", "norm", "Softmax", "LogSoftmax", "LpNormalization"])
+    return b.norm(x) if form == "norm" else b.node(form, [x], x.shape, axis=x.rank - 1)
 
 
 def _bilinear(b: Builder, x: Val, leading: int) -> Val | None:

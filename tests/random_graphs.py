@@ -58,6 +58,12 @@ def sum_of(a: Size, b: Size) -> Size:
     return a + b if isinstance(a, int) and isinstance(b, int) else f"{a} + {b}"
 
 
+def last_axis(x: Val) -> tuple[int, ...]:
+    """The shape of a vector along the last axis; 1 where that is not known."""
+    size = x.shape[-1]
+    return (size,) if isinstance(size, int) else (1,)
+
+
 class Builder:
     """A graph under construction."""
 
@@ -386,19 +392,10 @@ class Builder:
     def activation(self, x: Val) -> Val:
         """An elementwise function; some are not zero at zero."""
         plain = (
-            "Relu LeakyRelu Elu Selu Sigmoid Tanh Softplus Softsign HardSigmoid Erf Sin Cos Abs Neg Identity"
+            "Relu LeakyRelu Elu Selu Sigmoid Tanh Softplus Softsign HardSigmoid Erf Sin Cos Abs Neg Identity "
         )
-        names = plain.split() + [
-            "silu",
-            "gelu",
-            "quick",
-            "clip",
-            "PRelu",
-            "sqrt",
-            "square",
-            "cast",
-            "tanhshift",
-        ]
+        mixed = "silu gelu quick clip PRelu sqrt square cast tanhshift Dropout exp quantized Sum Min Mean FastGelu"
+        names = (plain + mixed).split()
         names += ["Celu"] if self.opset >= 12 else []
         names += ["HardSwish"] if self.opset >= 14 else []
         names += ["Mish"] if self.opset >= 18 else []
@@ -432,9 +429,27 @@ class Builder:
         if name == "cast":
             wide = self.node("Cast", [x], x.shape, to=TensorProto.DOUBLE)
             return self.node("Cast", [wide], x.shape, to=TensorProto.FLOAT)
+        if name == "exp":
+            return self.node("Exp", [self.node("Neg", [self.node("Abs", [x], x.shape)], x.shape)], x.shape)
+        if name == "quantized":
+            return self.node("Softsign", [self._quantized(x)], x.shape)
+        if name in ("Sum", "Min", "Mean"):
+            inputs = [x, self.node("Tanh", [x], x.shape), self.weight(last_axis(x), 0.3)]
+            return self.node(name, inputs, x.shape)
+        if name == "FastGelu":
+            return self.node(name, [x], x.shape, "com.microsoft")
         if name == "tanhshift":
             return self.node("Tanh", [self.pointwise("Sub", x, self.scalar(0.5))], x.shape)
         return self.node(name, [x], x.shape)
+
+    def _quantized(self, x: Val) -> Val:
+        """x with a weight added that is stored in 8 bits."""
+        shape = last_axis(x)
+        array = self.rng.integers(-9, 9, shape).astype(np.int8)
+        scale = self.small(np.array(0.05, dtype=np.float32))
+        zero = self.small(np.array(0, dtype=np.int8))
+        wide = self.node("DequantizeLinear", [self.constant(array), scale, zero], shape)
+        return self.pointwise("Add", x, wide)
 
     def activation_2d(self, x: Val) -> Val:
         """An activation between convolutions."""

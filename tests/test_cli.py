@@ -300,7 +300,10 @@ def test_a_fraction_out_of_range(source: Path, tmp_path: Path, text: str) -> Non
         (["--prune", "ffn-channel"], "KIND=FRACTION"),
         (["--prune", "neuron=0.5"], "unknown kind 'neuron'"),
         (["--prune", "query-head=0.5"], "has no query-head"),
-        (["--prune", "ffn-channel=0.01"], "nothing would be removed"),
+        (["--prune", "ffn-channel=0.01"], "removes nothing: the smallest step is 1 of 24"),
+        (["--prune", "ffn-channel=0.9", "--min-keep", "20"], "cannot be reached: 0.167"),
+        (["--prune", "ffn-channel=0.5,ffn-channel=0.2"], "twice"),
+        (["--seed", "-1"], "seed"),
         (["--include", "layers.7*"], "no layer matches 'layers.7*'"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--inputs", "missing.npz"], "missing.npz"),
@@ -381,3 +384,56 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signa
     assert "interrupted" in stderr and "Traceback" not in stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
     shutil.rmtree(out, ignore_errors=True)
+
+
+def test_options_objects_and_single_options_do_not_mix(source: Path, tmp_path: Path) -> None:
+    from onnx_autoglm import Options, UserError, optimize
+
+    with pytest.raises(UserError, match="not both"):
+        optimize(source, tmp_path / "out", Options(), prune={"ffn-channel": 0.5})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"removals": 3},
+        {"removals": [{"initializer": "up0"}]},
+        {"removals": [{"initializer": "up0", "axis": 9, "kept": [0], "consumers": ["gu0"]}]},
+        {"removals": [{"initializer": "up0", "axis": 1, "kept": [99], "consumers": ["gu0"]}]},
+        {"removals": [{"initializer": "up0", "axis": 1, "kept": [0], "consumers": ["nobody"]}]},
+        {"version": 2},
+    ],
+)
+def test_a_damaged_plan(source: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+    out = tmp_path / "out"
+    run("optimize", source, "-o", out, "--prune", "ffn-channel=0.5")
+    plan = json.loads((out / "plan.json").read_text()) | damage
+    (out / "plan.json").write_text(json.dumps(plan))
+    done = run("check", source, out / "plan.json", out / "model.onnx")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "plan" in done.stderr
+
+
+def test_a_plan_with_the_contract_fields_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("optimize", source, "-o", out, "--prune", "ffn-channel=0.5")
+    plan = json.loads((out / "plan.json").read_text())
+    assert not plan.pop("interfaces") and not plan.pop("lossy")
+    (out / "plan.json").write_text(json.dumps(plan))
+    assert run("check", source, out / "plan.json", out / "model.onnx").returncode == 0
+
+
+def test_a_broken_result_is_exit_code_three(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If shape repair were wrong, the user would get a failed check and no files."""
+    from onnx_autoglm import CheckFailed, cut, optimize
+
+    monkeypatch.setattr(cut, "repair_shapes", lambda *_: 0)
+    text = GATED.replace("num_outputs=2>(gu0)", "axis=-1>(gu0, sizes)").replace("axis=-1, axis=-1", "axis=-1")
+    broken = tmp_path / "explicit.onnx"
+    ir.save(
+        model(text.replace("float[24,16] down1>", "float[24,16] down1, int64[2] sizes = {24,24}>")), broken
+    )
+    with pytest.raises(CheckFailed):
+        optimize(broken, tmp_path / "out", prune={"ffn-channel": 0.5}, include=("*0*",))
+    assert not (tmp_path / "out").exists()

@@ -42,7 +42,7 @@ def test_no_options_are_the_defaults() -> None:
 
 
 def test_one_number_stands_for_the_usual_kinds() -> None:
-    assert collect({"prune": 0.3}).pruning.sparsity_level == {"query-head": 0.3, "ffn-channel": 0.3}
+    assert collect({"prune": 0.3}).pruning.sparsity_level == 0.3
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_one_number_stands_for_the_usual_kinds() -> None:
         ("pruning: {sparsity_level: {ffn-channel: 2}}", "between 0 and 1"),
         ("pruning: {speed: 2}", "pruning.speed"),
         ("- a\n- b", "expected sections"),
+        ("pruning: 5", "pruning"),
         ("pruning: [", "is not a YAML file"),
     ],
 )
@@ -58,4 +59,4 @@ def test_a_bad_configuration_is_named(tmp_path: Path, text: str, expected: str) 
     config = tmp_path / "c.yaml"
     config.write_text(text)
     with pytest.raises(UserError, match=expected):
-        collect({}, config)
+        collect({"criterion": "l1"}, config)

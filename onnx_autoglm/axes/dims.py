@@ -10,6 +10,7 @@ The empty product is an axis of size 1. It unifies with nothing, as broadcasting
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from onnx_autoglm.axes.size import Size, add, exact_div, is_larger, mul, sub
@@ -28,14 +29,18 @@ class Sum:
         self.parts = list(parts)
 
 
+_ages = itertools.count()
+
+
 class Atom:
     """A factor of an axis. `bound` is None (free), a product of atoms, or a Sum."""
 
-    __slots__ = ("bound", "size")
+    __slots__ = ("age", "bound", "size")
 
     def __init__(self, size: Size, bound: Dim | Sum | None = None) -> None:
         self.size = size
         self.bound = bound
+        self.age = next(_ages)
 
     def __repr__(self) -> str:
         return f"<{self.size} {id(self) & 0xFFFF:04x}>"
@@ -63,8 +68,21 @@ def resolve(dim: Dim) -> Dim:
         if atom.bound is None or isinstance(atom.bound, Sum):
             factors.append(atom)
         else:
-            atom.bound = resolve(atom.bound)
+            atom.bound = _expanded(atom.bound)
             factors.extend(atom.bound)
+    return tuple(factors)
+
+
+def _expanded(dim: Dim) -> Dim:
+    """As `resolve`, without recursion: chains of bindings can be as long as a graph is deep."""
+    factors: list[Atom] = []
+    stack = list(reversed(dim))
+    while stack:
+        atom = stack.pop()
+        if atom.bound is None or isinstance(atom.bound, Sum):
+            factors.append(atom)
+        else:
+            stack.extend(reversed(atom.bound))
     return tuple(factors)
 
 
@@ -91,12 +109,18 @@ def parts_of(atom: Atom) -> list[Dim]:
 def join(parts: Sequence[Dim]) -> Dim:
     """The sum of several axes, in order; a single one is itself. Parts of size 0 vanish."""
     parts = [part for part in parts if size_of(part) != 0]
+    parts = [piece for part in parts for piece in _spliced(part)]
     if len(parts) == 1:
         return resolve(parts[0])
     total: Size = 0
     for part in parts:
         total = add(total, size_of(part))
     return (Atom(total, Sum(parts)),)
+
+
+def _spliced(part: Dim) -> list[Dim]:
+    part = resolve(part)
+    return parts_of(part[0]) if len(part) == 1 and isinstance(part[0].bound, Sum) else [part]
 
 
 def leaves(dim: Dim) -> list[Atom]:
@@ -185,7 +209,11 @@ def split_inner(dim: Dim, inner_size: Size) -> tuple[Dim, Dim]:
 
 
 def _identify(x: Atom, y: Atom) -> None:
-    if y.bound is None:
+    if x.bound is None and y.bound is None:
+        # The younger follows the older, so that chains stay short.
+        older, younger = (x, y) if x.age < y.age else (y, x)
+        younger.bound = (older,)
+    elif y.bound is None:
         y.bound = (x,)
     elif x.bound is None:
         x.bound = (y,)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnx_autoglm.axes.places import Place
 
 
-def name_structures(entries: list[tuple[str, list[Place]]]) -> list[str]:
-    """One unique name per (kind, places)."""
+def name_structures(entries: list[tuple[str, list[Place]]]) -> list[tuple[str, str]]:
+    """A layer and a unique name per (kind, places)."""
     scopes = [_common_scope(places) for _, places in entries]
     prefix = _shared_prefix(scopes)
     short = [".".join(scope[prefix:] or scope[-1:]) for scope in scopes]
@@ -28,7 +28,7 @@ def name_structures(entries: list[tuple[str, list[Place]]]) -> list[str]:
         seen[name, kind] += 1
         if counts[name, kind] > 1:
             unique = f"{unique}.{seen[name, kind]}"
-        names.append(unique)
+        names.append((name or kind, unique))
     return names
 
 

@@ -76,11 +76,13 @@ def _enclosing(
     Those of enclosing products count too; other parts of a sum do not.
     """
     factors = resolve(dim)
-    held = [leaves((factor,)) for factor in factors]
+    held = [leaves((factor,)) for factor in factors] if len(factors) > 1 else [[]]
     found: list[tuple[Atom, set[Atom], Counter[Atom]]] = []
     for position, factor in enumerate(factors):
-        others = beside.copy()
-        others.update(atom for other, row in enumerate(held) if other != position for atom in row)
+        others = beside
+        if len(factors) > 1:
+            others = beside.copy()
+            others.update(atom for other, row in enumerate(held) if other != position for atom in row)
         if isinstance(factor.bound, Sum):
             for part in parts_of(factor):
                 found.extend(_enclosing(part, before, others))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -19,12 +21,12 @@ from onnx_autoglm.axes.outers import find_outers
 from onnx_autoglm.axes.places import Place, Use
 from onnx_autoglm.axes.zeros import Zeros
 
+T = TypeVar("T")
+
 # Kinds of pin that a kind of structure may lift when it is asked for by name.
 _LIFTS = {"expert": PinKind.SELECT, "hidden": PinKind.NORM}
-# Ops that append to or write into a cache: a graph input they read and write out is state, not data.
-_STORES = frozenset(
-    "Concat Attention GroupQueryAttention MultiHeadAttention ScatterND ScatterElements TensorScatter".split()
-)
+# Ops that write into a cache in place: its axes do not grow, so the axes alone do not tell it from data.
+_WRITES = frozenset("GroupQueryAttention ScatterND ScatterElements TensorScatter".split())
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,6 +46,7 @@ class Structure:
     interface: list[str] = dataclasses.field(default_factory=list)
     floor: int = 1
     cost: float = 0.0
+    layer: str = ""
     id: str = ""
 
     @property
@@ -68,11 +71,8 @@ class Structures:
     found: list[Structure]
     uses: list[Use]
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Structure]:
         return iter(self.found)
-
-    def by_id(self) -> dict[str, Structure]:
-        return {structure.id: structure for structure in self.found}
 
 
 def find_structures(analysis: Analysis) -> Structures:
@@ -92,6 +92,7 @@ def find_structures(analysis: Analysis) -> Structures:
         kind = _kind(set(roles[atom]), set(pins[atom]), is_group=atom in groups)
         if kind is not None and isinstance(atom.size, int):
             candidates[atom] = kind
+    entries = _entries(uses)
     experts = {atom for atom, kind in candidates.items() if kind == "expert"}
     outers = find_outers(analysis, uses, list(candidates))
     found = []
@@ -100,7 +101,7 @@ def find_structures(analysis: Analysis) -> Structures:
             kind = "expert-channel"
         assert isinstance(atom.size, int)
         structure = Structure(atom, kind, atom.size, places[atom], outers[atom])
-        _settle(analysis, structure, list(dict.fromkeys(pins[atom])))
+        _settle(analysis, structure, list(dict.fromkeys(pins[atom])), entries[atom])
         found.append(structure)
     order = {node: index for index, node in enumerate(analysis.graph)}
     found.sort(key=lambda structure: _position(structure, order))
@@ -130,8 +131,8 @@ def _uses(analysis: Analysis) -> list[Use]:
     return uses
 
 
-def _by_atom(facts):  # type: ignore[no-untyped-def]
-    result = defaultdict(list)
+def _by_atom(facts: Iterable[tuple[Dim, T]]) -> dict[Atom, list[T]]:
+    result: dict[Atom, list[T]] = defaultdict(list)
     for dim, fact in facts:
         for atom in leaves(dim):
             result[atom].append(fact)
@@ -193,7 +194,7 @@ def _kind(roles: set[Role], pins: set[Pin], *, is_group: bool) -> str | None:
     if Role.CONTRACTED in roles and Role.MADE in roles:
         return "ffn-channel"
     if PinKind.HARD in pinned and PinKind.INTERFACE not in pinned:
-        return "ffn-channel"  # lost from sight at an op that pinned it; listed so that the reason is told
+        return "other"  # lost from sight at an op that pinned it; listed so that the reason is told
     return None
 
 
@@ -201,7 +202,7 @@ def _holds(use: Use, atoms: set[Atom]) -> bool:
     return any(atom in atoms for dim in use.dims for atom in leaves(dim))
 
 
-def _settle(analysis: Analysis, structure: Structure, pins: list[Pin]) -> None:
+def _settle(analysis: Analysis, structure: Structure, pins: list[Pin], entries: float) -> None:
     """Pins that remain for this kind, the graph interface it changes, its floor and its cost."""
     atom = structure.atom
     lifted = _LIFTS.get(structure.kind)
@@ -216,31 +217,39 @@ def _settle(analysis: Analysis, structure: Structure, pins: list[Pin]) -> None:
             total = size_of(dim)
             assert isinstance(total, int)
             structure.floor = max(structure.floor, -(-count * structure.size // total))
-    structure.cost = sum(_entries(place, atom) for place in structure.places) / structure.groups
+    structure.cost = entries / structure.groups
 
 
-def _entries(place: Place, atom: Atom) -> float:
-    """How many entries of an initializer one index of the atom holds, summed over its outer indices."""
-    tensor, dim = place.use.value.const_value, place.use.dims[place.axis]
-    total = size_of(dim)
-    assert tensor is not None and isinstance(total, int)
-    return float(tensor.size) * _held(dim, atom) / total
+def _entries(uses: list[Use]) -> dict[Atom, float]:
+    """How many initializer entries one index of each atom holds, summed over its outer indices."""
+    totals: dict[Atom, float] = defaultdict(float)
+    for use in uses:
+        assert use.value.const_value is not None
+        for dim in use.dims:
+            size = size_of(dim)
+            if not isinstance(size, int) or size == 0:
+                continue
+            for atom, held in _held(dim).items():
+                totals[atom] += use.value.const_value.size * held / size
+    return totals
 
 
-def _held(dim: Dim, atom: Atom) -> int:
-    """How many entries of an axis belong to one index of the atom."""
+def _held(dim: Dim) -> dict[Atom, int]:
+    """How many entries of an axis belong to one index of each of its atoms."""
     factors = resolve(dim)
     total = size_of(factors)
     assert isinstance(total, int)
+    result: dict[Atom, int] = defaultdict(int)
     for factor in factors:
         assert isinstance(factor.size, int)
-        if factor is atom:
-            return total // factor.size
-        if isinstance(factor.bound, Sum):
-            inner = sum(_held(part, atom) for part in parts_of(factor))
-            if inner:
-                return inner * (total // factor.size)
-    return 0
+        rest = total // factor.size
+        if not isinstance(factor.bound, Sum):
+            result[factor] += rest
+            continue
+        for part in parts_of(factor):
+            for atom, held in _held(part).items():
+                result[atom] += held * rest
+    return result
 
 
 def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
@@ -254,19 +263,26 @@ def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
     names = [value.name or "" for value in (*inputs, *outputs)]
     fed: set[ir.Value] = set()
     for output in outputs:
-        producer = output.producer()
-        while producer is not None and producer.op_type in ("Identity", "Cast"):
-            carried = producer.inputs[0]
-            producer = None if carried is None else carried.producer()
-        if producer is None or producer.op_type not in _STORES:
-            return names, False
-        state = [value for value in inputs if value in producer.inputs and axes(value) == axes(output)]
+        state = [value for value in inputs if _is_state(analysis, value, output)]
         if not state:
             return names, False
         fed.update(state)
     return names, bool(inputs) and fed == set(inputs)
 
 
+def _is_state(analysis: Analysis, before: ir.Value, after: ir.Value) -> bool:
+    """Whether an output is an input grown along one axis, as caches are, or written in place."""
+    old, new = analysis.values.get(before), analysis.values.get(after)
+    if old is None or new is None or len(old) != len(new):
+        return False
+    changed = [(a, b) for a, b in zip(old, new, strict=True) if resolve(a) != resolve(b)]
+    writer = after.producer()
+    if writer is not None and writer.op_type in _WRITES and before in writer.inputs:
+        return len(changed) <= 1
+    return len(changed) == 1 and set(leaves(changed[0][0])) < set(leaves(changed[0][1]))
+
+
 def _name(found: list[Structure]) -> None:
-    for structure, name in zip(found, name_structures([(s.kind, s.places) for s in found]), strict=True):
-        structure.id = name
+    names = name_structures([(structure.kind, structure.places) for structure in found])
+    for structure, (layer, name) in zip(found, names, strict=True):
+        structure.layer, structure.id = layer, name

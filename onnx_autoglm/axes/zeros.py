@@ -7,6 +7,7 @@ made from those slices alone, through operators that keep zero. Anything unknown
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -50,12 +51,27 @@ class Zeros:
         return _places(self._analysis.input_dims(node, index) or [], atom)
 
     def _value_is_zero(self, value: ir.Value, atom: Atom) -> bool:
-        key = (value, atom)
-        if key not in self._known:
-            self._known[key] = False  # a cycle cannot occur; this guards the recursion all the same
-            node = value.producer()
-            self._known[key] = node is not None and self._made_zero(node, value, atom)
-        return self._known[key]
+        """Ancestors first, with a stack of our own: graphs are deeper than Python's."""
+        stack = [value]
+        while stack:
+            current = stack[-1]
+            node = current.producer()
+            if (current, atom) in self._known:
+                stack.pop()
+                continue
+            missing = [] if node is None else [given for given in node.inputs if self._is_open(given, atom)]
+            if missing:
+                stack.extend(missing)
+                continue
+            self._known[current, atom] = node is not None and self._made_zero(node, current, atom)
+            stack.pop()
+        return self._known[value, atom]
+
+    def _is_open(self, value: ir.Value | None, atom: Atom) -> TypeGuard[ir.Value]:
+        """Whether a computed value that holds the atom has not been decided yet."""
+        if value is None or value.producer() is None or (value, atom) in self._known:
+            return False
+        return bool(_places(self._analysis.values.get(value) or [], atom))
 
     def _made_zero(self, node: ir.Node, value: ir.Value, atom: Atom) -> bool:
         # An array that holds the atom in two axes must be zero at a masked index of either.

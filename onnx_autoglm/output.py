@@ -1,0 +1,70 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from onnx_autoglm.errors import UserError
+
+_FILES = ("model.onnx.data", "model.onnx", "plan.json", "report.json")
+
+
+@contextlib.contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside the output, on the same disk; gone afterwards, whatever happens.
+
+    Raises UserError if it cannot be made, or if writing into it fails.
+    """
+    parent = folder.absolute().parent
+    created = [path for path in (parent, *parent.parents) if not path.exists()]
+    staged = parent / f".{folder.name}.partial-{os.getpid()}"
+    try:
+        with explained(parent):
+            staged.mkdir(parents=True)
+            yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into one line with its fix."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        fix = "free some space, or choose another output folder" if full else "choose another output folder"
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; {fix}") from error
+
+
+def publish(staged: Path, folder: Path) -> None:
+    """Moves the finished files into place.
+
+    A new folder appears in one step. In an existing one the old files are set aside first and come back
+    if anything goes wrong, so that a model never lies beside the data or the plan of another.
+    """
+    if not folder.exists():
+        os.rename(staged, folder)
+        return
+    aside = staged / "replaced"
+    aside.mkdir()
+    try:
+        for name in _FILES:
+            if (folder / name).exists():
+                os.replace(folder / name, aside / name)
+        for name in _FILES:
+            if (staged / name).exists():
+                os.replace(staged / name, folder / name)
+    except BaseException:
+        for name in _FILES:
+            if (aside / name).exists():
+                os.replace(aside / name, folder / name)
+        raise
