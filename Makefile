@@ -12,7 +12,6 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/python models/build.py smollm2-glm -o build/models
 	$(BIN)/onnx-autoglm optimize build/models/smollm2-glm/model.onnx -o build/demo
-	@$(BIN)/python -c 'import json; r = json.load(open("build/demo/report.json")); print(json.dumps({k: r[k] for k in ("source", "result") if k in r}, indent=2))'
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
@@ -36,5 +35,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

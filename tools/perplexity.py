@@ -19,7 +19,9 @@ from tokenizers import Tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
@@ -33,7 +35,10 @@ def main() -> None:
         for path in arguments.models:
             value = perplexity(path, tokens, arguments.window)
             reference = reference or value
-            print(f"{text.name:12} {path!s:50} perplexity {value:12.2f}  ratio {value / reference:.3f}", flush=True)
+            print(
+                f"{text.name:12} {path!s:50} perplexity {value:12.2f}  ratio {value / reference:.3f}",
+                flush=True,
+            )
 
 
 def perplexity(path: Path, tokens: np.ndarray, window: int) -> float:

@@ -123,10 +123,10 @@ def einsum(op: Op) -> None:
     axes: dict[str, Dim] = {}
     for index, term in enumerate(terms):
         for letter, dim in zip(term, op.dims(index), strict=True):
-            if letter in axes and ax.resolve(axes[letter]):
-                op.equal(axes[letter], dim) if ax.resolve(dim) else None
-            else:
+            if letter not in axes or not ax.resolve(axes[letter]):
                 axes[letter] = dim
+            elif ax.resolve(dim):
+                op.equal(axes[letter], dim)
     op.output([axes[letter] for letter in output])
     if len(terms) == 1:
         for letter in set(terms[0]) - set(output):
