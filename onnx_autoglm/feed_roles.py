@@ -187,3 +187,58 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     if tensor is None or tensor.size > 1 << 16:
         return None
     return np.asarray(tensor.numpy())
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """What the inputs of a language model are for.
+
+    `tokens` looks up the largest table, of `vocabulary` rows; `past_symbols` are the lengths of caches.
+    """
+
+    tokens: str
+    vocabulary: int
+    sequence_symbol: str | None
+    positions: tuple[str, ...]
+    masks: tuple[str, ...]
+    past_symbols: tuple[str, ...]
+
+
+def token_roles(model: ir.Model) -> TokenRoles | None:
+    """The roles of the inputs, or None if no integer input of rank 2 looks up a table."""
+    tables: list[tuple[int, ir.Value]] = []
+    for value in fed_inputs(model):
+        if (
+            value.dtype is None
+            or not value.dtype.is_integer()
+            or value.shape is None
+            or len(value.shape) != 2
+        ):
+            continue
+        sizes = [limit_of(use, RANDOM_INDICES, {}) for use in uses_of(value)]
+        known = [size for size in sizes if size is not None]
+        if known:
+            tables.append((min(known), value))
+    if not tables:
+        return None
+    vocabulary, tokens = max(tables, key=lambda item: item[0])
+    assert tokens.shape is not None
+    length = tokens.shape[1]
+    sequence = str(length.value) if isinstance(length, ir.SymbolicDim) and length.value else None
+    positions, masks, past = [], [], []
+    for value in fed_inputs(model):
+        if value is tokens or value.dtype is None or value.shape is None:
+            continue
+        if value.dtype.is_floating_point():
+            past += [
+                str(dim.value)
+                for axis, dim in enumerate(value.shape)
+                if axis and isinstance(dim, ir.SymbolicDim) and dim.value not in (None, sequence)
+            ]
+        elif any(is_position(use) for use in uses_of(value)):
+            positions.append(value.name or "")
+        else:
+            masks.append(value.name or "")
+    return TokenRoles(
+        tokens.name or "", vocabulary, sequence, tuple(positions), tuple(masks), tuple(dict.fromkeys(past))
+    )

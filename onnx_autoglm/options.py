@@ -39,9 +39,11 @@ class PruningOptions(_Options):
         "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
         json_schema_extra=_flag("--prune", "KIND=FRACTION"),
     )
-    algorithm: Literal["l2", "l1", "random"] = Field(
-        default="l2",
-        description="How structures are scored: the norm of all weights that go with one, or at random.",
+    algorithm: Literal["auto", "obs", "flap", "wanda", "l2", "l1", "random"] = Field(
+        default="auto",
+        description="How structures are scored. With calibration data: obs (the error that is left after the best "
+        "refit), flap (variance times weight), wanda (size times weight); without: l2 or l1 (norms of all weights "
+        "that go with one), or random. auto is obs with data and l2 without.",
         json_schema_extra=_flag("--criterion"),
     )
     scope: Literal["layer", "global"] = Field(
@@ -49,7 +51,8 @@ class PruningOptions(_Options):
         description="Remove the fraction in every layer, or overall by rank among all layers of one kind.",
     )
     normalize: Literal["none", "mean", "max", "z-score"] = Field(
-        default="mean", description="How the scores of a layer are made comparable with those of others."
+        default="mean",
+        description="How the scores of a layer are made comparable with those of others, in global scope.",
     )
     target_layers: tuple[str, ...] = Field(
         default=(),
@@ -88,6 +91,33 @@ class PruningOptions(_Options):
         return value
 
 
+class DataOptions(_Options):
+    """What the choice and the repair may learn from, and what quality is measured on."""
+
+    calibration: Path | None = Field(
+        default=None,
+        description="Calibration data: a text file or a folder of them, or .npz samples. Never the data of --eval.",
+        json_schema_extra=_flag("--calib", "PATH"),
+    )
+    evaluation: Path | None = Field(
+        default=None,
+        description="A text to measure perplexity on, before and after.",
+        json_schema_extra=_flag("--eval", "PATH"),
+    )
+    tokenizer: Path | None = Field(
+        default=None,
+        description="tokenizer.json for texts. By default the one beside the model.",
+        json_schema_extra=_flag("--tokenizer", "PATH"),
+    )
+    calibration_tokens: int = Field(
+        default=16384,
+        ge=1024,
+        description="Use at most this many tokens for calibration.",
+        json_schema_extra=_flag("--calib-tokens", None),
+    )
+    window: int = Field(default=512, ge=2, description="Tokens per run of the model, for both kinds of data.")
+
+
 TOLERANCE = 1e-4  # relative, per output: rounding of float32 through a deep network
 
 
@@ -111,8 +141,11 @@ class Options(_Options):
     """Everything that `optimize` can be told."""
 
     pruning: PruningOptions = PruningOptions()
-    repair: Literal["none"] = Field(
-        default="none", description="Closed-form repair of the remaining weights."
+    data: DataOptions = DataOptions()
+    repair: Literal["auto", "affine", "bias", "none"] = Field(
+        default="auto",
+        description="Closed-form repair of the consumers' weights on calibration data: affine (least squares with a "
+        "bias), bias (the mean of what went), none. auto is affine with data and none without.",
     )
     quantize: Literal["none"] = Field(default="none", description="Quantization of the result.")
     check: CheckOptions = CheckOptions()

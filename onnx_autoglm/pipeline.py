@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
-from onnx_autoglm.axes.structures import Structure, Structures
+from onnx_autoglm.axes.structures import Structures
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
+from onnx_autoglm.evidence import Data, Evidence, Repair, score
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
 from onnx_autoglm.options import DEFAULT_FRACTION, TOLERANCE, Options, collect, matches
@@ -23,8 +25,7 @@ from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose, shortfalls
-from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
-from onnx_autoglm.passes.score_random import ScoreRandom
+from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.plan import Plan, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
@@ -70,6 +71,8 @@ def optimize(
         nodes = source.graph.num_nodes()
         canonicalize(source)
         feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
+        data = Data.load(source, source_path, options)
+        criterion, repair = _methods(options, data)
     with clock("infer axes") as effect:
         structures = analyse(source.clone())
         before = figures(source, source_path, count_flops(structures.analysis), nodes)
@@ -79,9 +82,14 @@ def optimize(
     decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
     _refuse_unknown_layers(options, structures)
     _refuse_the_impossible(decisions, fractions, structures, asked=asked)
-    with clock("score"):
-        wanted = [decision.structure for decision in decisions if not decision.reason]
-        scores = _criterion(options)(wanted)
+    wanted = [decision.structure for decision in decisions if not decision.reason]
+    evidence = Evidence(structures, wanted)
+    if criterion in ("obs", "flap", "wanda") or repair != "none":
+        with clock("observe") as effect:
+            effect.update(evidence.observe(source, data, progress))
+    with clock("score") as effect:
+        scores = score(criterion, wanted, evidence, options.pruning.seed, progress)
+        effect["criterion"] = criterion
     with clock("choose") as effect:
         selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
         effect["cut"] = len(selection.kept)
@@ -94,7 +102,9 @@ def optimize(
     with clock("remove and repair") as effect:
         after_flops = count_flops(structures.analysis, selection)
         cut = apply_selection(structures, selection)
-        plan = cut.plan({"file": source_path.name, "sha256": before.sha256})
+        plan = dataclasses.replace(
+            cut.plan({"file": source_path.name, "sha256": before.sha256}), repair=repair
+        )
         effect.update(initializers=len({r.initializer for r in cut.removals}), repairs=cut.repairs)
     with staging(folder) as staged:
         with clock("write"):
@@ -119,6 +129,25 @@ def optimize(
                 step=progress,
             )
             _refuse_failure(proof)
+        repaired: list[dict[str, Any]] = []
+        if repair != "none":
+            with clock("repair weights") as effect:
+                repaired = repair_weights(
+                    cut.model.graph, selection, evidence.consumers, evidence.observed, repair, progress
+                )
+                effect["consumers"] = sum(entry["repaired"] for entry in repaired)
+            with clock("write repaired"):
+                modelfile.save_model(cut.model, staged / "repaired" / "model.onnx", external=external)
+                for file in (staged / "repaired").iterdir():
+                    file.replace(staged / file.name)
+                (staged / "repaired").rmdir()
+                notes += check_onnx(staged / "model.onnx", source_path)
+                notes += check_loads(staged / "model.onnx", source_path)
+                pruned = canonicalize(modelfile.open_model(staged / "model.onnx"))
+        quality: dict[str, Any] = {}
+        if data.evaluation is not None:
+            with clock("quality"):
+                quality = data.compare(modelfile.open_model(source_path), pruned, progress)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
@@ -126,6 +155,8 @@ def optimize(
             structures=reports,
             pins=pins,
             check=proof_json(proof),
+            repair={"method": repair, "consumers": repaired, "calibration": data.described()},
+            quality=quality,
             options={**options.model_dump(mode="json"), "fractions": fractions},
             versions=versions(),
             notes=notes,
@@ -171,6 +202,11 @@ def check(
     if recipe.source.get("sha256") != sha256(_existing(Path(source))):
         raise UserError(
             f"{source} is not the source of {plan} (its sha256 differs): pass the file that was pruned"
+        )
+    if recipe.repair != "none":
+        raise UserError(
+            f"{pruned} was repaired after its proof (repair: {recipe.repair}), so it differs from the masked source by "
+            "intent; repeat the proof with optimize --repair none"
         )
     model = canonicalize(modelfile.open_model(source))
     feeds = None if inputs is None else load_feeds(inputs, model)
@@ -230,10 +266,19 @@ def _refuse_nothing(decisions: list[Decision]) -> None:
         raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
 
 
-def _criterion(options: Options) -> Callable[[list[Structure]], dict[Structure, Scores]]:
-    if options.pruning.algorithm == "random":
-        return ScoreRandom(options.pruning.seed)
-    return ScoreNorm(1 if options.pruning.algorithm == "l1" else 2)
+def _methods(options: Options, data: Data) -> tuple[str, Repair]:
+    """The criterion and the repair that `auto` comes to. Raises UserError if one needs data that is not there."""
+    given = data.calibration is not None
+    criterion = options.pruning.algorithm
+    if criterion == "auto":
+        criterion = "obs" if given else "l2"
+    repair: Repair = "affine" if given else "none"
+    if options.repair != "auto":
+        repair = options.repair
+    if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
+        what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
+    return criterion, repair
 
 
 # --- files

@@ -36,6 +36,7 @@ class Plan:
     removals: list[dict[str, Any]]
     interfaces: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     lossy: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    repair: str = "none"
 
     def as_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}

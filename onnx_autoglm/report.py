@@ -131,6 +131,8 @@ class Report:
     structures: list[StructureReport]
     pins: list[PinReport]
     check: dict[str, Any]
+    repair: dict[str, Any]
+    quality: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
     notes: list[str]
@@ -166,6 +168,13 @@ class Report:
         self._print_left_alone(console)
         for note in self.notes:
             console.print(f"note: {note}", highlight=False, markup=False)
+        if self.quality:
+            before, after = self.quality["source"], self.quality["result"]
+            console.print(
+                f"perplexity on {self.quality['data']['name']}: {before['perplexity']:.2f} -> "
+                f"{after['perplexity']:.2f} (x{self.quality['ratio']:.3f})",
+                highlight=False,
+            )
         relative, limit = self.check["relative_difference"], self.check["tolerance"]
         console.print(f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e})")
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.axes.analysis import Analysis
-from onnx_autoglm.axes.dims import Atom, leaves, size_of
+from onnx_autoglm.axes.dims import Atom, Dim, leaves, size_of
 from onnx_autoglm.axes.facts import PinKind
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.errors import UserError
@@ -149,17 +149,20 @@ _SELECTING = frozenset("Softmax LogSoftmax Hardmax TopK ArgMax ArgMin".split())
 
 def _axes(selection: Selection, atoms: set[Atom], values: dict[int, Any]) -> list[dict[str, Any]]:
     return [
-        {
-            "index": index,
-            "axis": axis,
-            "kept": selection.indices(dims, axis)[0].tolist(),
-            "size": size_of(dim),
-            "rank": len(dims),
-        }
+        _place(selection, dims, axis) | {"index": index}
         for index, dims in values.items()
         for axis, dim in enumerate(dims or [])
         if atoms.intersection(leaves(dim))
     ]
+
+
+def _place(selection: Selection, dims: list[Dim], axis: int) -> dict[str, Any]:
+    """An axis of an input or output and what is kept of it; an axis of symbolic size counts as 0."""
+    kept, outer = selection.indices(dims, axis)
+    sizes = [size_of(dim) for dim in dims]
+    shape = [size if isinstance(size, int) else 0 for size in sizes]
+    place: dict[str, Any] = {"axis": axis, "kept": kept.tolist(), "shape": shape}
+    return place if outer is None else place | {"outer_axis": outer}
 
 
 def _narrow(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
@@ -194,7 +197,7 @@ def _spread(graph: ir.Graph, narrow: ir.Value, place: dict[str, Any]) -> list[ir
     first = ir.node("Slice", [narrow, *(_integers(graph, [number]) for number in (0, 1, axis))])
     zero = ir.node("Sub", [first.outputs[0], first.outputs[0]])
     padded = ir.node("Concat", [narrow, zero.outputs[0]], {"axis": axis})
-    positions = np.full(place["size"], len(kept))
+    positions = np.full(place["shape"][axis], len(kept))
     positions[np.asarray(kept)] = np.arange(len(kept))
     spread = ir.node("Gather", [padded.outputs[0], _integers(graph, positions.tolist())], {"axis": axis})
     for created in (first, zero, padded, spread):
@@ -212,9 +215,7 @@ def _exclude(graph: ir.Graph, node: ir.Node, entry: dict[str, Any]) -> None:
             continue
         value = node.inputs[0]
         assert value is not None
-        keep = np.zeros(place["size"], dtype=bool)
-        keep[np.asarray(place["kept"])] = True
-        keep = keep.reshape([-1 if axis == place["axis"] else 1 for axis in range(place["rank"])])
+        keep = keep_mask(place["shape"], [place])
         dtype = (value.dtype or ir.DataType.FLOAT).numpy()
         fill = _initializer(graph, np.array(np.inf if lowest else -np.inf, dtype=dtype))
         node.replace_input_with(0, _add(graph, node, "Where", [_initializer(graph, keep), value, fill]))

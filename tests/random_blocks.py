@@ -137,7 +137,8 @@ def _rotary_op(b: Builder, q: Val, k: Val) -> tuple[Val, Val]:
     d = q.shape[-1]
     assert isinstance(d, int)
     width = d if b.chance(0.5) else 2 * b.number(1, d // 2)
-    angles = np.arange(32)[:, None] * 0.7 ** np.arange(width // 2)
+    rows = max([32, *(size for size in q.shape[2:3] if isinstance(size, int))])
+    angles = np.arange(rows)[:, None] * 0.7 ** np.arange(width // 2)
     tables = [b.small(wave(angles).astype(np.float32)) for wave in (np.cos, np.sin)]
     attrs = {"interleaved": b.number(0, 1)} | ({"rotary_embedding_dim": width} if width != d else {})
     b.marks.append("rotary")

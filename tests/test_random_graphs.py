@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from helpers import assert_prunes, input_of, maker, model, prove, prune, reasons, structures, summary
+from helpers import assert_prunes, input_of, maker, model, prove, prune, reasons, structures, summary, the
 from random_graphs import random_graph
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -139,6 +139,32 @@ def test_a_norm_is_narrowed_on_its_own_axis_alone(norm: str) -> None:
     free = {structure.id: 0.5 for structure in structures(source) if not structure.pins}
     assert {structure.size for structure in structures(source) if structure.id in free} == {4, 6}
     assert prove(source, prune(source, free), tolerance=1e-5).holds
+
+
+def test_the_residual_stream_is_chosen_alike_in_every_row() -> None:
+    source = model(
+        "g (float[N,5] x) => (float[N,3] y) <float[5,24] w, float[5,24] u, float[24,3] v,"
+        " int64[3] rows = {0, 4, 6}, int64[2] flat = {0, 24}, int64[1] last = {2}> {"
+        " h0 = MatMul(x, w)  h = Reshape(h0, rows)  k0 = MatMul(x, u)  k = Reshape(k0, rows)  s = Add(h, k)"
+        " m = ReduceMean(s, last)  n = Sub(s, m)  r = Reshape(n, flat)  y = MatMul(r, v) }"
+    )
+    assert not the(source, "hidden").outers
+    assert_prunes(source, {"hidden": 0.5})
+
+
+def test_experts_may_be_chosen_in_each_group() -> None:
+    """Two groups of four experts, the best one of each is used; the router must not see another group's choice."""
+    source = model(
+        "g (float[N,6] x) => (float[N,5] y) <float[6,8] router, float[8,6,5] w, int64[3] split = {0, 2, 4},"
+        " int64[2] merge = {0, 8}, int64[1] one = {1}, int64[1] two = {2}, int64[1] first = {0}, float none = {0.0}> {"
+        " l = MatMul(x, router)  s = Sigmoid(l)  p = Reshape(s, split)  best, at = TopK<axis=2>(p, one)"
+        " z = Mul(p, none)  chosen = ScatterElements<axis=2>(z, at, best)  c = Reshape(chosen, merge)"
+        " t = Transpose<perm=[1,0]>(c)  f = Unsqueeze(t, two)  e = MatMul(x, w)  m = Mul(e, f)"
+        " y = ReduceSum<keepdims=0>(m, first) }"
+    )
+    (inner,) = [structure for structure in structures(source) if structure.size == 4]
+    assert inner.kind == "expert" and inner.groups == 2
+    assert_prunes(source, {inner.id: 0.5}, seeds=4)
 
 
 def test_a_convolution_of_stride_one_keeps_the_length_of_a_symbolic_axis() -> None:

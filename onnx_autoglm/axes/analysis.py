@@ -11,6 +11,7 @@ from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.contents import Contents
 from onnx_autoglm.axes.dims import Dim
 from onnx_autoglm.axes.facts import (
+    Contraction,
     CountedAttribute,
     DefaultedAttribute,
     Pin,
@@ -52,6 +53,7 @@ class Analysis:
         self.floors: list[tuple[Dim, int]] = []
         self.roles: list[tuple[Dim, Role, ir.Node]] = []
         self.products: list[list[Dim]] = []  # all axes of each product, before any is summed over
+        self.contractions: list[Contraction] = []
         self.zero_checks: list[ZeroCheck] = []
         self.counted: list[CountedAttribute] = []
         self.defaulted: list[DefaultedAttribute] = []

@@ -65,6 +65,18 @@ class ZeroCheck:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Contraction:
+    """A product of an activation and a weight: which operands, along which axis of each (from the end)."""
+
+    node: ir.Node
+    activation: int
+    activation_axis: int
+    weight: int
+    weight_axis: int
+    dim: Dim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class CountedAttribute:
     """An attribute that must equal the size of an axis, such as `num_heads` or `group`."""
 

@@ -12,6 +12,7 @@ from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.contents import Contents, evaluate
 from onnx_autoglm.axes.dims import Clash, Dim
 from onnx_autoglm.axes.facts import (
+    Contraction,
     CountedAttribute,
     DefaultedAttribute,
     Pin,
@@ -156,6 +157,10 @@ class Op:
 
     def opaque(self) -> Size:
         return self.analysis.opaque()
+
+    def contracts(self, activation: tuple[int, int], weight: tuple[int, int], dim: Dim) -> None:
+        """Operand `activation[0]` meets the weight `weight[0]` along axes `[1]` of each, from the end."""
+        self.analysis.contractions.append(Contraction(self.node, *activation, *weight, dim))
 
     def at_least(self, dim: Dim, count: int) -> None:
         """The axis must keep `count` entries, for example the k of a TopK."""

@@ -21,6 +21,8 @@ def convolution(op: Op) -> None:
     op.counts("group", groups)
     for dim in (dims[1], weight[0]):
         op.role(dim, Role.CONVOLVED)
+    if op.is_weight(1) and op.attr_int("group", 1) == 1:
+        op.contracts((0, 1 - len(dims)), (1, 1 - len(weight)), dims[1])
     if op.has(2):
         op.equal(weight[0], op.dims(2)[0])
     _spatial(op, dims[2:], weight[2:])

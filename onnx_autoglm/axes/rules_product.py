@@ -53,8 +53,15 @@ def product_roles(
         op.role(dim, Role.STACKED)
 
 
-def multiply(op: Op, left: list[Dim], right: list[Dim], operands: tuple[int, int]) -> list[Dim]:
-    """The axes of a matrix product of NumPy's kind, and its equations."""
+def multiply(
+    op: Op, left: list[Dim], right: list[Dim], *, transposed: tuple[bool, bool] = (False, False)
+) -> list[Dim]:
+    """The axes of a matrix product of NumPy's kind, and its equations.
+
+    `left` and `right` are the axes as the product uses them; `transposed` says which operand has its last
+    two axes the other way round.
+    """
+    operands = (0, 1)
     if not left or not right:
         raise Unknown("a product with a scalar")
     padded_left = [UNIT, *left] if len(left) == 1 else left
@@ -69,6 +76,11 @@ def multiply(op: Op, left: list[Dim], right: list[Dim], operands: tuple[int, int
         free=([padded_left[-2]], [padded_right[-1]]),
         stacked=padded_left[:-2] if op.is_weight(operands[0]) else padded_right[:-2],
     )
+    weights = [op.is_weight(index) for index in operands]
+    if weights.count(True) == 1:
+        axes = (-2 if transposed[0] else -1, -1 if transposed[1] or len(right) == 1 else -2)
+        weight = weights.index(True)
+        op.contracts((1 - weight, axes[1 - weight]), (weight, axes[weight]), padded_left[-1])
     result = list(batch)
     if len(left) > 1:
         result.append(padded_left[-2])
@@ -78,7 +90,7 @@ def multiply(op: Op, left: list[Dim], right: list[Dim], operands: tuple[int, int
 
 
 def matmul(op: Op) -> None:
-    op.output(multiply(op, op.dims(0), op.dims(1), (0, 1)))
+    op.output(multiply(op, op.dims(0), op.dims(1)))
 
 
 def fused_matmul(op: Op) -> None:
@@ -90,7 +102,8 @@ def fused_matmul(op: Op) -> None:
         left[-2:] = reversed(left[-2:])
     if op.attr_int("transB", 0) and len(right) > 1:
         right[-2:] = reversed(right[-2:])
-    op.output(multiply(op, left, right, (0, 1)))
+    transposed = op.attr_int("transA", 0) != 0, op.attr_int("transB", 0) != 0
+    op.output(multiply(op, left, right, transposed=transposed))
 
 
 def gemm(op: Op) -> None:
@@ -99,7 +112,8 @@ def gemm(op: Op) -> None:
         left.reverse()
     if op.attr_int("transB", 0):
         right.reverse()
-    result = multiply(op, left, right, (0, 1))
+    transposed = op.attr_int("transA", 0) != 0, op.attr_int("transB", 0) != 0
+    result = multiply(op, left, right, transposed=transposed)
     if op.has(2):
         result = broadcast(op, [result, op.dims(2)])
     op.output(result)

@@ -100,7 +100,9 @@ def find_structures(analysis: Analysis) -> Structures:
         if kind == "ffn-channel" and experts and all(_holds(place.use, experts) for place in places[atom]):
             kind = "expert-channel"
         assert isinstance(atom.size, int)
-        structure = Structure(atom, kind, atom.size, places[atom], outers[atom])
+        # A norm sees the same channels everywhere, or it could not be narrowed to them.
+        around = () if kind == "hidden" else outers[atom]
+        structure = Structure(atom, kind, atom.size, places[atom], around)
         _settle(analysis, structure, list(dict.fromkeys(pins[atom])), entries[atom])
         found.append(structure)
     order = {node: index for index, node in enumerate(analysis.graph)}
