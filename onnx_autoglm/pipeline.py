@@ -129,6 +129,10 @@ def optimize(
                 step=progress,
             )
             _refuse_failure(proof)
+            if not proof.effect:
+                notes.append(
+                    "the cut changes no output on the inputs of the proof: pass sample inputs with --inputs"
+                )
         repaired: list[dict[str, Any]] = []
         if repair != "none":
             with clock("repair weights") as effect:
@@ -159,7 +163,7 @@ def optimize(
             quality=quality,
             options={**options.model_dump(mode="json"), "fractions": fractions},
             versions=versions(),
-            notes=notes,
+            notes=list(dict.fromkeys(notes)),
         )
         report.result.sha256 = sha256(staged / "model.onnx")
         (staged / "plan.json").write_text(json.dumps(plan.as_json()) + "\n")

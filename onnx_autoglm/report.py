@@ -176,7 +176,11 @@ class Report:
                 highlight=False,
             )
         relative, limit = self.check["relative_difference"], self.check["tolerance"]
-        console.print(f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e})")
+        console.print(
+            f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e}); "
+            f"the cut itself moves the outputs by {self.check['effect']:.1e}",
+            highlight=False,
+        )
 
     def _print_left_alone(self, console: Console) -> None:
         reasons: Counter[tuple[str, str]] = Counter()

@@ -90,6 +90,7 @@ def pin_reports(structures: Structures) -> list[PinReport]:
 def proof_json(proof: Proof) -> dict[str, Any]:
     return {
         "relative_difference": proof.difference.relative,
+        "effect": proof.effect,
         "output": proof.difference.output,
         "tolerance": proof.tolerance,
         "precision": proof.precision,

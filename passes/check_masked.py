@@ -21,9 +21,14 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """The outcome of one check: the worst difference, and on what inputs it was seen."""
+    """The outcome of one check: the worst difference, and on what inputs it was seen.
+
+    `effect` is the difference that the cut itself makes: between the source and the masked source, relative,
+    on the same inputs. Where it is zero the inputs do not show the cut, and equality says little.
+    """
 
     difference: Difference
+    effect: float
     inputs: dict[str, list[int]]
     precision: str
     tolerance: float
@@ -50,7 +55,7 @@ def check_masked(
     that rounding cannot hide a wrong cut.
 
     Args:
-        source: the canonicalized source; it is masked in place.
+        source: the canonicalized source; unchanged.
         feeds: inputs of the source; generated from its signature if not given.
         tolerance: the largest relative difference accepted, per output (float32 rounding: 1e-4).
         scratch: folder for temporary weights.
@@ -62,14 +67,16 @@ def check_masked(
         CheckFailed: the source does, and the pruned model does not.
     """
     wide = needs_upcast(source)
-    masked = mask(source, plan.removals, plan.lossy)
+    masked = mask(source.clone(), plan.removals, plan.lossy)
     if wide:
-        masked, pruned = upcast(masked), upcast(pruned)
+        source, masked, pruned = upcast(source), upcast(masked), upcast(pruned)
     step("running the masked source")
     session = Session(masked, scratch=scratch)
     candidates: Iterable[Arrays] = [feeds] if feeds is not None else candidate_feeds(masked, seed)
     used, expected = first_run(session, candidates)
     del session
+    step("running the source")
+    effect = compare(Session(source, scratch=scratch).run(used), expected).relative
     step("running the pruned model")
     try:
         actual = Session(pruned, scratch=scratch).run(cut_arrays(used, plan.interfaces))
@@ -78,4 +85,4 @@ def check_masked(
         raise CheckFailed(f"the pruned model does not run where the source does: {error}") from error
     difference = compare(cut_arrays(expected, plan.interfaces), actual)
     shapes = {name: list(array.shape) for name, array in used.items()}
-    return Proof(difference, shapes, "float32" if wide else "as exported", tolerance)
+    return Proof(difference, effect, shapes, "float32" if wide else "as exported", tolerance)

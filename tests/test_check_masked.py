@@ -141,3 +141,14 @@ def test_outputs_that_are_all_zero_prove_nothing() -> None:
     proof = prove(source, cut, tolerance=1e-5)
     assert not proof.holds
     assert proof.difference.inconclusive == "all outputs are zero"
+
+
+def test_a_cut_that_no_output_shows_has_no_effect() -> None:
+    """A saturated output hides everything: equality would be no proof, and the proof says so."""
+    text = "g (float[n,4] x) => (float[n,3] y) <float[4,8] a, float[8,3] b, float[3] c> "
+    text += "{ h = MatMul(x, a) r = Relu(h) z = MatMul(r, b) s = Add(z, c) y = Tanh(s) }"
+    shown = model(text, weights={"c": np.zeros(3, np.float32)})
+    hidden = model(text, weights={"c": np.full(3, 1e6, np.float32)})
+    for source, visible in ((shown, True), (hidden, False)):
+        proof = prove(source, prune(source, {"ffn-channel": 0.5}), tolerance=1e-5)
+        assert proof.holds and (proof.effect > 1e-3) == visible
