@@ -57,8 +57,9 @@ def find_consumers(structures: Structures) -> list[Consumer]:
 
 
 def consumers_of(structure: Structure, consumers: list[Consumer]) -> list[Consumer]:
-    """The consumers that contract the structure."""
-    return [c for c in consumers if structure.atom in leaves(c.contraction.dim)]
+    """The consumers that contract the structure together with all that its selection varies with."""
+    wanted = {structure.atom, *structure.outers}
+    return [c for c in consumers if wanted <= set(leaves(c.contraction.dim))]
 
 
 def members(structure: Structure, consumer: Consumer) -> Indices:

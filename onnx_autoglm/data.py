@@ -35,6 +35,15 @@ class Dataset:
     feeds: tuple[Arrays, ...]
     token_input: str | None = None
 
+    def windows(self) -> set[str]:
+        """A hash of each feed, to tell whether two sets share any."""
+        return {
+            hashlib.sha256(
+                b"".join(np.ascontiguousarray(feed[name]).tobytes() for name in sorted(feed))
+            ).hexdigest()
+            for feed in self.feeds
+        }
+
     def __iter__(self) -> Iterator[Arrays]:
         return iter(self.feeds)
 
@@ -62,11 +71,11 @@ def load_dataset(
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        for suffix in ("*.txt", "*.npz"):
-            found = sorted(path.glob(suffix))
-            if found:
-                return found
-        raise UserError(f"{path} holds neither .txt nor .npz files")
+        texts, samples = sorted(path.glob("*.txt")), sorted(path.glob("*.npz"))
+        if bool(texts) == bool(samples):
+            what = "both .txt and .npz files" if texts else "neither .txt nor .npz files"
+            raise UserError(f"{path} holds {what}: pass a folder of one kind")
+        return texts or samples
     if not path.is_file():
         raise UserError(f"{path} does not exist: pass a text file, a folder of texts, or .npz samples")
     return [path]
@@ -96,7 +105,11 @@ def _texts(
             f"the tokenizer {tokenizer} does not fit the model: it made token {tokens.max()}, "
             f"the vocabulary has {roles.vocabulary}"
         )
-    window = min(window, tokens.size)
+    if roles.batch not in (None, 1):
+        raise UserError(f"the model takes batches of {roles.batch} only: pass .npz samples instead of a text")
+    window = min(window, tokens.size) if roles.length is None else roles.length
+    if window > tokens.size:
+        raise UserError(f"{path} is too short: the model takes {window} tokens at once, it has {tokens.size}")
     rows = [tokens[start : start + window] for start in range(0, tokens.size - window + 1, window)]
     feeds = tuple(_token_feed(model, roles.tokens, row[None]) for row in rows)
     digest = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()

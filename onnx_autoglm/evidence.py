@@ -40,18 +40,17 @@ class Data:
         beside = path.with_name("tokenizer.json")
         tokenizer = given.tokenizer or (beside if beside.is_file() else None)
 
-        def read(source: Path | None) -> Dataset | None:
+        def read(source: Path | None, limit: int) -> Dataset | None:
             if source is None:
                 return None
-            return load_dataset(
-                source, model, tokenizer=tokenizer, window=given.window, limit=given.calibration_tokens
-            )
+            return load_dataset(source, model, tokenizer=tokenizer, window=given.window, limit=limit)
 
-        calibration, evaluation = read(given.calibration), read(given.evaluation)
-        if calibration and evaluation and calibration.sha256 == evaluation.sha256:
-            raise UserError(
-                "--calib and --eval hold the same data: quality would be measured on what was fitted"
-            )
+        calibration = read(given.calibration, given.calibration_tokens)
+        evaluation = read(given.evaluation, given.evaluation_tokens)
+        if calibration and evaluation and calibration.windows() & evaluation.windows():
+            raise UserError("--calib and --eval share data: quality would be measured on what was fitted")
+        if evaluation and evaluation.token_input is None:
+            raise UserError("quality is measured as perplexity: pass a text with --eval, not samples")
         return cls(calibration, evaluation)
 
     def described(self) -> dict[str, Any] | None:

@@ -194,6 +194,7 @@ class TokenRoles:
     """What the inputs of a language model are for.
 
     `tokens` looks up the largest table, of `vocabulary` rows; `past_symbols` are the lengths of caches.
+    `batch` and `length` are the sizes of its axes where they are fixed.
     """
 
     tokens: str
@@ -202,6 +203,8 @@ class TokenRoles:
     positions: tuple[str, ...]
     masks: tuple[str, ...]
     past_symbols: tuple[str, ...]
+    batch: int | None
+    length: int | None
 
 
 def token_roles(model: ir.Model) -> TokenRoles | None:
@@ -240,5 +243,11 @@ def token_roles(model: ir.Model) -> TokenRoles | None:
         else:
             masks.append(value.name or "")
     return TokenRoles(
-        tokens.name or "", vocabulary, sequence, tuple(positions), tuple(masks), tuple(dict.fromkeys(past))
+        tokens.name or "",
+        vocabulary,
+        sequence,
+        tuple(positions),
+        tuple(masks),
+        tuple(dict.fromkeys(past)),
+        *(size if isinstance(size, int) else None for size in tokens.shape),
     )

@@ -115,6 +115,12 @@ class DataOptions(_Options):
         description="Use at most this many tokens for calibration.",
         json_schema_extra=_flag("--calib-tokens", None),
     )
+    evaluation_tokens: int = Field(
+        default=16384,
+        ge=2,
+        description="Use at most this many tokens for evaluation.",
+        json_schema_extra=_flag("--eval-tokens", None),
+    )
     window: int = Field(default=512, ge=2, description="Tokens per run of the model, for both kinds of data.")
 
 

@@ -6,14 +6,17 @@ import contextlib
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.axes.structures import Structures
+from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.evidence import Data, Evidence, Repair, score
@@ -26,9 +29,11 @@ from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose, shortfalls
 from onnx_autoglm.passes.repair_weights import repair_weights
-from onnx_autoglm.plan import Plan, sha256
+from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
+from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
+from onnx_autoglm.upcast import needs_upcast, upcast
 
 Progress = Callable[[str], None]
 
@@ -90,6 +95,13 @@ def optimize(
     with clock("score") as effect:
         scores = score(criterion, wanted, evidence, options.pruning.seed, progress)
         effect["criterion"] = criterion
+        if criterion in ("obs", "flap", "wanda"):
+            blind = [
+                structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
+            ]
+            notes += [
+                f"{n} x {kind} scored by norm: no consumer to observe" for kind, n in Counter(blind).items()
+            ]
     with clock("choose") as effect:
         selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
         effect["cut"] = len(selection.kept)
@@ -148,6 +160,11 @@ def optimize(
                 notes += check_onnx(staged / "model.onnx", source_path)
                 notes += check_loads(staged / "model.onnx", source_path)
                 pruned = canonicalize(modelfile.open_model(staged / "model.onnx"))
+                _refuse_what_does_not_run(pruned, data, plan)
+        if repair != "none" and not any(entry["repaired"] for entry in repaired):
+            repair = "none"
+            notes.append("no consumer could be repaired; report.json has the reasons")
+            plan = dataclasses.replace(plan, repair=repair)
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
@@ -298,6 +315,19 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     return path
+
+
+def _refuse_what_does_not_run(model: ir.Model, data: Data, plan: Plan) -> None:
+    """A repaired model must run on the data and give finite numbers."""
+    assert data.calibration is not None
+    feed = cut_arrays(next(iter(data.calibration)), plan.interfaces)
+    try:
+        outputs = Session(upcast(model) if needs_upcast(model) else model).run(feed)
+    except UserError as error:
+        raise CheckFailed(f"the repaired model does not run: {error}") from error
+    for name, array in outputs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise CheckFailed(f"the repaired model computes numbers that are not finite: {name}")
 
 
 def _refuse_failure(proof: Proof) -> None:

@@ -39,13 +39,22 @@ class Moments:
             piece = rows[start : start + _ROWS]
             self.count += len(piece)
             self.total += piece.sum(axis=0, dtype=np.float64)
-            self.products += piece.T @ piece
+            products = piece.T @ piece
+            if not np.isfinite(products).all():  # beyond float32
+                products = piece.T.astype(np.float64) @ piece.astype(np.float64)
+            self.products += products
 
     def __add__(self, other: Moments) -> Moments:
         result = Moments(len(self.total))
         result.count = self.count + other.count
         result.total = self.total + other.total
         result.products = self.products + other.products
+        return result
+
+    def uncentred(self) -> Moments:
+        """The same second moments around zero instead of around the mean."""
+        result = Moments(len(self.total))
+        result.count, result.products = self.count, self.products
         return result
 
     @property
@@ -114,8 +123,10 @@ def observe(
             pair[held_out].add(rows)
     if runs < HELD_OUT:
         raise UserError(
-            f"calibration needs at least {HELD_OUT} runs of the model and has {runs}: pass more data"
+            f"calibration needs at least {HELD_OUT} runs of the model and has {runs}: pass more data, or a smaller --window"
         )
+    if any(part.count == 0 for pair in moments.values() for part in pair):
+        raise UserError("the calibration data holds no rows: pass samples with at least one entry each")
     return {key: Observed(*pair) for key, pair in moments.items()}
 
 

@@ -61,12 +61,20 @@ def repair_weights(
         name = next(output.name for output in contraction.node.outputs)
         step(f"repair {name}")
         tensor = consumer.initializer.const_value
-        reason = _why_not(consumer, tensor)
+        reason = _why_not(consumer, tensor, mode)
         if reason or not isinstance(tensor, SlicedTensor):
             done.append({"consumer": name, "repaired": False, "reason": reason})
             continue
         kept, _ = selection.indices([contraction.dim], 0)
-        fit = _fit(as_rows(tensor.source, consumer.axis), kept, observed[key_of(contraction)], mode)
+        seen = observed[key_of(contraction)]
+        if contraction.node.op_type == "Conv" and _pads(contraction.node):
+            # Padding is zero, not the mean: without centring no constant is needed, inside or at the border.
+            seen = Observed(seen.fitted.uncentred(), seen.held_out.uncentred())
+        fit = _fit(as_rows(tensor.source, consumer.axis), kept, seen, mode)
+        if fit is None:
+            reason = "no refit was better than none on held-out data"
+            done.append({"consumer": name, "repaired": False, "reason": reason})
+            continue
         _write(graph, consumer, tensor, fit)
         entry = {
             "consumer": name,
@@ -79,14 +87,49 @@ def repair_weights(
     return done
 
 
-def _why_not(consumer: Consumer, tensor: ir.TensorProtocol | None) -> str:
-    if not isinstance(tensor, SlicedTensor):
+def _why_not(consumer: Consumer, tensor: ir.TensorProtocol | None, mode: str) -> str:
+    """Why a consumer is left as it is, or an empty string."""
+    contraction = consumer.contraction
+    node = contraction.node
+    if node.domain not in ("", "com.microsoft") or node.op_type not in (
+        "MatMul",
+        "Gemm",
+        "FusedMatMul",
+        "Conv",
+    ):
+        return f"no refit is defined for {node.op_type}"
+    if _is_shared(consumer):
+        return "its weight has other consumers"
+    if not isinstance(tensor, SlicedTensor) or consumer.axis not in tensor.kept:
         return "its weight was not cut along what it contracts"
     if tensor.outer:
         return "its selection varies along another axis of the weight"
-    if len(consumer.initializer.uses()) > 1:
-        return "its weight has other consumers"
+    if node.op_type == "Conv":
+        return (
+            "it pads, so that the mean it would add differs at the border"
+            if mode == "bias" and _pads(node)
+            else ""
+        )
+    if contraction.weight != 1 or len(tensor.shape) != 2:
+        return "its weight is not a matrix on the right"
     return ""
+
+
+def _is_shared(consumer: Consumer) -> bool:
+    """Whether anything else reads the weight, or what is made of it on the way to the consumer."""
+    value = consumer.contraction.node.inputs[consumer.contraction.weight]
+    while value is not None:
+        if len(value.uses()) > 1 or value.is_graph_output():
+            return True
+        producer = value.producer()
+        value = None if producer is None else producer.inputs[0]
+    return False
+
+
+def _pads(node: ir.Node) -> bool:
+    pads = node.attributes.get("pads")
+    automatic = node.attributes.get_string("auto_pad", "NOTSET")
+    return automatic.startswith("SAME") or (pads is not None and any(pads.as_ints()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,7 +141,8 @@ class _Fit:
     before: float  # the same without repair
 
 
-def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit:
+def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit | None:
+    """The best refit on held-out rows, fitted again on all; None if leaving the weight alone is best."""
     removed = np.setdiff1d(np.arange(len(weight)), kept)
     gone = weight[removed]
     output = (
@@ -115,6 +159,8 @@ def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit:
     error = _held_out_error(observed.held_out, nothing, bias_only, kept, removed, gone)
     if error < best[0]:
         best = (error, None)
+    if not best[0] < before:
+        return None
     if best[1] is None:
         matrix, shift = nothing, observed.all.mean[removed]
     else:
@@ -159,15 +205,16 @@ def _write(graph: ir.Graph, consumer: Consumer, tensor: SlicedTensor, fit: _Fit)
     consumer.initializer.const_value = ir.Tensor(
         np.ascontiguousarray(array).astype(source.dtype.numpy()), dtype=source.dtype, name=tensor.name
     )
-    # A convolution adds its constant at every position of the kernel.
-    shift = shift.reshape(len(shift), -1).sum(axis=1)
+    # A convolution adds its constant at every position of the kernel, a Gemm scales what it adds.
+    alpha = consumer.contraction.node.attributes.get_float("alpha", 1.0)
+    shift = alpha * shift.reshape(len(shift), -1).sum(axis=1)
     _add_bias(graph, consumer, shift, source.dtype)
 
 
 def _add_bias(graph: ir.Graph, consumer: Consumer, shift: Weight, dtype: ir.DataType) -> None:
     node = consumer.contraction.node
     output = node.outputs[0]
-    if node.op_type in ("Conv", "FusedConv"):
+    if node.op_type == "Conv":
         rank = len(output.shape) if output.shape is not None else 4
         shift = shift.reshape(-1, *([1] * (rank - 2)))
     name = f"{output.name}_shift"
@@ -182,4 +229,8 @@ def _add_bias(graph: ir.Graph, consumer: Consumer, shift: Weight, dtype: ir.Data
     ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
     added.replace_input_with(0, output)
     graph.insert_after(node, added)
-    output.name, result.name = f"{output.name}_unshifted", output.name
+    taken = {value.name for other in graph for value in other.outputs}
+    name = f"{output.name}_unshifted"
+    while name in taken:
+        name += "_"
+    output.name, result.name = name, output.name

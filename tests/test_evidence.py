@@ -12,7 +12,7 @@ from helpers import model, structures
 
 from onnx_autoglm import UserError, optimize
 from onnx_autoglm.axes.selection import Selection
-from onnx_autoglm.consumers import find_consumers, members
+from onnx_autoglm.consumers import consumers_of, find_consumers, members
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.passes.score_activation import score_activation
@@ -38,7 +38,7 @@ def setup(text: str = MLP):
     source = model(text)
     found = analyse(source.clone())
     (structure,) = [s for s in found if s.kind == "ffn-channel" and not s.pins]
-    consumers = [c for c in find_consumers(found) if structure.atom in c.contraction.dim]
+    consumers = consumers_of(structure, find_consumers(found))
     return source, found, structure, consumers
 
 
@@ -182,7 +182,7 @@ def test_convolutions_are_repaired() -> None:
     source = model(text)
     found = analyse(source.clone())
     (structure,) = [s for s in found if s.kind == "conv-channel" and s.size == 12]
-    consumers = [c for c in find_consumers(found) if structure.atom in c.contraction.dim]
+    consumers = consumers_of(structure, find_consumers(found))
     assert [c.axis for c in consumers] == [1]
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((4, 3, 8, 8)).astype(np.float32)} for _ in range(10)]
@@ -191,6 +191,67 @@ def test_convolutions_are_repaired() -> None:
     dense, before = outputs(source, feeds), outputs(cut.model, feeds)
     repair_weights(cut.model.graph, selection, consumers, observed, "affine")
     assert np.square(dense - outputs(cut.model, feeds)).sum() < 0.5 * np.square(dense - before).sum()
+
+
+GEMM = "y = Gemm<alpha=0.25>(r, c)"
+LEFT = (
+    "g (float[6,n] x) => (float[4,n] y) <float[12,6] a, float[4,12] c> "
+    "{ h = MatMul(a, x) r = Relu(h) y = MatMul(c, r) }"
+)
+
+
+def test_alpha_scales_the_constant_too() -> None:
+    source, found, structure, consumers = setup(MLP.replace("y = MatMul(r, c)", GEMM))
+    feeds = rows()
+    observed = observe(source, [c.contraction for c in consumers], feeds)
+    cut, selection = cut_half(found, structure)
+    repair_weights(cut.model.graph, selection, consumers, observed, "bias")
+    assert np.allclose(
+        outputs(cut.model, feeds).mean(0), outputs(source, feeds).mean(0), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_what_has_no_refit_is_left_alone_with_a_reason() -> None:
+    source, found, structure, consumers = setup(LEFT)
+    feeds = [{"x": feed["x"].T.copy()} for feed in rows()]
+    observed = observe(source, [c.contraction for c in consumers], feeds)
+    cut, selection = cut_half(found, structure)
+    before = outputs(cut.model, feeds[:1])
+    (entry,) = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    assert not entry["repaired"] and entry["reason"] == "its weight is not a matrix on the right"
+    assert np.array_equal(before, outputs(cut.model, feeds[:1]))
+
+
+def test_a_weight_with_a_second_reader_is_left_alone() -> None:
+    text = MLP.replace("(float[n,4] y)", "(float[n,4] y, float[n,4] z2)").replace(
+        "float[12,4] c", "float[4,12] c"
+    )
+    text = text.replace(
+        "y = MatMul(r, c)", "t = Transpose<perm=[1,0]>(c) y = MatMul(r, t) q = Tanh(r) z2 = MatMul(q, t)"
+    )
+    source, found, structure, consumers = setup(text)
+    observed = observe(source, [c.contraction for c in consumers], rows())
+    cut, selection = cut_half(found, structure)
+    entries = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    assert [entry["reason"] for entry in entries] == ["its weight has other consumers"] * 2
+
+
+def test_a_refit_that_does_not_help_is_not_made() -> None:
+    source, found, structure, consumers = setup()
+    rng = np.random.default_rng(0)
+    # Nothing of what is fitted holds on the held-out rows: every fifth run is of another kind.
+    feeds = [
+        {
+            "x": (rng.standard_normal((50, 6)) * (-40 if i % 5 == 4 else 1) + (i % 5 == 4) * 9).astype(
+                np.float32
+            )
+        }
+        for i in range(10)
+    ]
+    observed = observe(source, [c.contraction for c in consumers], feeds)
+    cut, selection = cut_half(found, structure)
+    (entry,) = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    assert not entry["repaired"] or entry["error"] < entry["unrepaired"]
 
 
 def test_too_little_data_and_data_that_is_not_finite() -> None:
@@ -235,7 +296,7 @@ def test_a_criterion_without_its_data_says_what_it_needs(tmp_path: Path) -> None
 def test_the_same_data_may_not_fit_and_judge(tmp_path: Path) -> None:
     ir.save(model(MLP), tmp_path / "model.onnx")
     np.savez(tmp_path / "d.npz", **rows()[0])
-    with pytest.raises(UserError, match="same data"):
+    with pytest.raises(UserError, match="share data"):
         optimize(tmp_path / "model.onnx", tmp_path / "out", calib=tmp_path / "d.npz", eval=tmp_path / "d.npz")
 
 
