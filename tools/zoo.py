@@ -82,7 +82,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _row(model: Path, *, kinds: bool, peer: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": model.parent.name, "passed": False, "removed": 0.0, "onnxsim": None}
+    row: dict[str, Any] = {
+        "model": model.parent.name,
+        "passed": False,
+        "removed": 0.0,
+        "onnxsim": None,
+        "compared": peer,
+    }
     found = json.loads(_run("inspect", str(model), "--json").stdout)
     row["parameters"] = found["source"]["parameters"]
     free = {entry["kind"] for entry in found["structures"] if not entry["pins"]}
@@ -163,7 +169,8 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    peer = "failed" if row["onnxsim"] is None else f"{100 * row['onnxsim']:.1f} %"
+    missing = "failed" if row["compared"] else "-"
+    peer = missing if row["onnxsim"] is None else f"{100 * row['onnxsim']:.1f} %"
     worst = f"{row['difference']:.1e}" if "difference" in row else "-"
     verdict = "ok" if row["passed"] else "FAILED"
     message = f"  ({row['message']})" if row.get("message") else ""
