@@ -53,10 +53,15 @@ class Analysis:
         self.floors: list[tuple[Dim, int]] = []
         self.roles: list[tuple[Dim, Role, ir.Node]] = []
         self.products: list[list[Dim]] = []  # all axes of each product, before any is summed over
+        self.mixed: list[list[Dim]] = []  # axes of a value but for the one along which an op mixes it
         self.contractions: list[Contraction] = []
         self.zero_checks: list[ZeroCheck] = []
         self.counted: list[CountedAttribute] = []
         self.defaulted: list[DefaultedAttribute] = []
+        self.is_static = all(
+            value.shape is not None and all(isinstance(size, int) for size in value.shape)
+            for value in self.graph.inputs
+        )
         self._symbols: dict[str, Dim] = {}
         self._counter = itertools.count()
         self._walk()
@@ -239,7 +244,12 @@ class Analysis:
     def _declared_dims(self, value: ir.Value, reason: str, node: ir.Node) -> list[Dim] | None:
         if value.shape is None:
             return None
-        dims = [ax.fresh(size if isinstance(size, int) else self.opaque()) for size in value.shape]
+        # Declared sizes may be those of the sample a model was traced with; only a model whose inputs are
+        # all of fixed size cannot be run with others.
+        trusted = self.is_static
+        dims = [
+            ax.fresh(size if isinstance(size, int) and trusted else self.opaque()) for size in value.shape
+        ]
         self._pin_value(dims, reason, node)
         return dims
 

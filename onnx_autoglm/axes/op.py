@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,6 +161,11 @@ class Op:
     def contracts(self, activation: tuple[int, int], weight: tuple[int, int], dim: Dim) -> None:
         """Operand `activation[0]` meets the weight `weight[0]` along axes `[1]` of each, from the end."""
         self.analysis.contractions.append(Contraction(self.node, *activation, *weight, dim))
+
+    def mixes(self, dims: Sequence[Dim], axes: Iterable[int]) -> None:
+        """Entries along the given axes influence each other, so nothing else may be chosen by them."""
+        mixed = {axis % len(dims) for axis in axes} if dims else set()
+        self.analysis.mixed.append([dim for axis, dim in enumerate(dims) if axis not in mixed])
 
     def at_least(self, dim: Dim, count: int) -> None:
         """The axis must keep `count` entries, for example the k of a TopK."""

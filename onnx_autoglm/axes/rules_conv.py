@@ -83,7 +83,7 @@ def _declared_spatial(op: Op) -> list[Dim]:
     rank = len(op.dims(0))
     declared = op.node.outputs[0].shape
     sizes: list[Size] = [op.opaque() for _ in range(rank - 2)]
-    if declared is not None and len(declared) == rank:
+    if declared is not None and len(declared) == rank and op.analysis.is_static:
         sizes = [size if isinstance(size, int) else op.opaque() for size in list(declared)[2:]]
     return [op.born(size, SPATIAL) for size in sizes]
 

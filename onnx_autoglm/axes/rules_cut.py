@@ -113,11 +113,10 @@ def _symbolic_window(op: Op, dim: Dim, total: Size, start: Size | None, end: Siz
         if end == total or (isinstance(end, int) and end >= 2**31 - 1):
             return dim
         op.pin(dim, reason)
-        size = end if not isinstance(end, int) or end > 0 else sub(total, -end)
+        # A window of n entries of an axis whose size is not known may hold fewer than n.
+        size = end if not isinstance(end, int) else op.opaque() if end > 0 else sub(total, -end)
         return op.born(size, reason)
     op.pin(dim, reason)
-    if isinstance(start, int) and isinstance(end, int) and step == 1 and start < 0 and end >= 2**31 - 1:
-        return op.born(-start, reason)
     return op.born(op.opaque(), reason)
 
 
@@ -206,6 +205,7 @@ def _pick(op: Op, dim: Dim, indices: list[int]) -> Dim:
 def gather_elements(op: Op) -> None:
     dims, indices = op.dims(0), op.dims(1)
     axis = op.axis(len(dims), 0)
+    op.mixes(dims, [axis])
     _look_up(op, dims[axis])
     for position, (dim, index) in enumerate(zip(dims, indices, strict=True)):
         if position != axis:
@@ -228,6 +228,7 @@ def scatter_elements(op: Op) -> None:
         if position != axis:
             _same_or_pinned(op, dim, op.dims(1)[position])
             _same_or_pinned(op, dim, op.dims(2)[position])
+    op.mixes(dims, [axis])
     op.pin(op.dims(1)[axis], "an index from data")
     op.pin(op.dims(2)[axis], "written at an index from data")
     op.output(dims)
@@ -255,6 +256,7 @@ def scatter_nd(op: Op) -> None:
     depth = ax.size_of(indices[-1])
     if not isinstance(depth, int):
         raise Unknown("the depth of the index is not known")
+    op.mixes(dims, range(depth))
     op.pin_all(dims[:depth], "written at an index from data")
     op.pin_all(indices, "an index from data")
     outer = len(indices) - 1
@@ -270,6 +272,7 @@ def tensor_scatter(op: Op) -> None:
     axis = op.axis(len(dims), -2)
     for position, (dim, new) in enumerate(zip(dims, update, strict=True)):
         if position == axis:
+            op.mixes(dims, [axis])
             op.pin_all([dim, new], "written at an index from data")
         else:
             op.equal(dim, new)
@@ -279,6 +282,7 @@ def tensor_scatter(op: Op) -> None:
 def top_k(op: Op) -> None:
     dims = list(op.dims(0))
     axis = op.axis(len(dims), -1)
+    op.mixes(dims, [axis])
     chosen = dims[axis]
     op.pin(chosen, "selected along by TopK", PinKind.SELECT)
     count = op.numbers(1) if op.has(1) else [op.attr_int("k", 1)]
@@ -318,6 +322,7 @@ def non_zero(op: Op) -> None:
 def cumulative(op: Op) -> None:
     dims = op.dims(0)
     axes = op.integers(1)
+    op.mixes(dims, axes if axes is not None else range(len(dims)))
     for axis in axes if axes is not None else range(len(dims)):
         op.pin(dims[axis], "summed up along")
     op.output(dims)
@@ -325,6 +330,7 @@ def cumulative(op: Op) -> None:
 
 def triangle(op: Op) -> None:
     dims = op.dims(0)
+    op.mixes(dims, [-1, -2])
     op.pin_all(dims[-2:], "cut to a triangle")
     op.output(dims)
 

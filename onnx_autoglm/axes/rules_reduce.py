@@ -54,12 +54,12 @@ def reduce_other(op: Op) -> None:
 def softmax(op: Op) -> None:
     dims = op.dims(0)
     if op.version < 13:
-        start = op.attr_int("axis", 1) % max(len(dims), 1)
-        normalised = dims[start:]
+        axes = list(range(op.attr_int("axis", 1) % max(len(dims), 1), len(dims)))
     else:
-        normalised = [dims[op.axis(len(dims), -1)]]
-    for dim in normalised:
-        op.pin(dim, f"normalised over by {op.node.op_type}", PinKind.SELECT)
+        axes = [op.axis(len(dims), -1)]
+    op.mixes(dims, axes)
+    for axis in axes:
+        op.pin(dims[axis], f"normalised over by {op.node.op_type}", PinKind.SELECT)
     op.output(dims)
 
 
@@ -67,6 +67,7 @@ def layer_norm(op: Op) -> None:
     """LayerNormalization, RMSNormalization and their kin: normalise the axes from `axis` on."""
     dims = op.dims(0)
     start = op.axis(len(dims), -1)
+    op.mixes(dims, range(start, len(dims)))
     _normalise(op, dims, dims[start:])
     for index in (1, 2):
         if op.has(index):
@@ -92,6 +93,7 @@ def skip_layer_norm(op: Op) -> None:
     dims = broadcast(op, [op.dims(0), op.dims(1)])
     for dim in dims:
         op.role(dim, Role.ADDED)
+    op.mixes(dims, [-1])
     _normalise(op, dims, dims[-1:])
     for index in range(2, 5 if has_beta else 4):
         if op.has(index):
@@ -112,6 +114,7 @@ def batch_norm(op: Op) -> None:
 
 def instance_norm(op: Op) -> None:
     dims = op.dims(0)
+    op.mixes(dims, range(2, len(dims)))
     op.pin_all(dims[2:], "normalised over by InstanceNormalization")
     for index in (1, 2):
         op.equal(dims[1], op.dims(index)[0])
@@ -138,6 +141,7 @@ def group_norm(op: Op) -> None:
 
 def local_response_norm(op: Op) -> None:
     dims = op.dims(0)
+    op.mixes(dims, [1])
     op.pin(dims[1], "normalised with its neighbours by LRN")
     op.output(dims)
 
@@ -145,12 +149,15 @@ def local_response_norm(op: Op) -> None:
 def lp_norm(op: Op) -> None:
     """Divides by a norm over one axis, to which a channel that is zero adds nothing."""
     dims = op.dims(0)
-    op.must_be_zero((0,), dims[op.axis(len(dims), -1)], SUM)
+    axis = op.axis(len(dims), -1)
+    op.mixes(dims, [axis])
+    op.must_be_zero((0,), dims[axis], SUM)
     op.output(dims)
 
 
 def mean_variance_norm(op: Op) -> None:
     dims = op.dims(0)
+    op.mixes(dims, op.attr_ints("axes") or [0, 2, 3])
     for axis in op.attr_ints("axes") or [0, 2, 3]:
         op.pin(dims[axis], "normalised over by MeanVarianceNormalization", PinKind.NORM)
     op.output(dims)

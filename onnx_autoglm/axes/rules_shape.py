@@ -29,7 +29,7 @@ def reshape(op: Op) -> None:
         elif size is not None:
             wanted.append(ax.fresh(size))
         else:
-            static = declared[index] if declared is not None else None
+            static = declared[index] if declared is not None and op.analysis.is_static else None
             wanted.append(ax.fresh(static) if isinstance(static, int) else None)
     holes = wanted.count(None)
     if holes > 1:

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 # Kinds of pin that a kind of structure may lift when it is asked for by name.
 _LIFTS = {"expert": PinKind.SELECT, "hidden": PinKind.NORM}
+_CACHED = frozenset({"query-head", "kv-group", "value-channel", "qk-pair"})
 # Ops that write into a cache in place: its axes do not grow, so the axes alone do not tell it from data.
 _WRITES = frozenset("GroupQueryAttention ScatterND ScatterElements TensorScatter".split())
 
@@ -211,6 +212,8 @@ def _settle(analysis: Analysis, structure: Structure, pins: list[Pin], entries: 
     structure.pins = [pin for pin in pins if pin.kind not in (lifted, PinKind.INTERFACE)]
     if any(pin.kind == PinKind.INTERFACE for pin in pins):
         names, stateful = _interface(analysis, atom)
+        # Only attention keeps state; whatever else grows into an output is the user's data.
+        stateful = stateful and structure.kind in _CACHED
         structure.interface = names
         if not stateful:
             structure.pins.extend(pin for pin in pins if pin.kind == PinKind.INTERFACE)
@@ -265,15 +268,15 @@ def _interface(analysis: Analysis, atom: Atom) -> tuple[list[str], bool]:
     names = [value.name or "" for value in (*inputs, *outputs)]
     fed: set[ir.Value] = set()
     for output in outputs:
-        state = [value for value in inputs if _is_state(analysis, value, output)]
+        state = [value for value in inputs if _is_state(analysis, value, output, atom)]
         if not state:
             return names, False
         fed.update(state)
     return names, bool(inputs) and fed == set(inputs)
 
 
-def _is_state(analysis: Analysis, before: ir.Value, after: ir.Value) -> bool:
-    """Whether an output is an input grown along one axis, as caches are, or written in place."""
+def _is_state(analysis: Analysis, before: ir.Value, after: ir.Value, atom: Atom) -> bool:
+    """Whether an output is an input grown along one axis, not that of the atom, or written in place."""
     old, new = analysis.values.get(before), analysis.values.get(after)
     if old is None or new is None or len(old) != len(new):
         return False
@@ -281,7 +284,9 @@ def _is_state(analysis: Analysis, before: ir.Value, after: ir.Value) -> bool:
     writer = after.producer()
     if writer is not None and writer.op_type in _WRITES and before in writer.inputs:
         return len(changed) <= 1
-    return len(changed) == 1 and set(leaves(changed[0][0])) < set(leaves(changed[0][1]))
+    if len(changed) != 1 or atom in leaves(changed[0][1]):
+        return False
+    return set(leaves(changed[0][0])) < set(leaves(changed[0][1]))
 
 
 def _name(found: list[Structure]) -> None:
