@@ -37,7 +37,10 @@ IMAGE_OPS = frozenset(
 
 @dataclass
 class SizePlan:
-    """The symbols in the shapes of the inputs."""
+    """The symbols in the shapes of the inputs, and the sizes and batches to give them."""
+
+    sizes: tuple[int, ...] = FREE_SIZES
+    batches: tuple[int, ...] = (2, 1)
 
     free: list[str] = field(default_factory=list)  # in order of appearance, the batch included
     batch: str | None = None
@@ -56,7 +59,7 @@ class SizePlan:
     def assign(self, sizes: Mapping[str, int], batch: int) -> Sizes:
         """A size for every symbol."""
         assigned: Sizes = {}
-        fresh = iter((*FREE_SIZES, *range(12, 12 + len(self.free))))
+        fresh = iter((*self.sizes, *range(12, 12 + len(self.free))))
         for name in self.free:
             if name == self.batch:
                 assigned[name] = batch
@@ -68,7 +71,7 @@ class SizePlan:
 
     def choices(self) -> Iterator[tuple[int, Sizes]]:
         """Batch and sizes of each candidate, in order of usefulness."""
-        for batch in (2, 1):
+        for batch in self.batches:
             leading = dict.fromkeys(self.leading, batch)
             default = self.assign({}, batch)
             yield batch, {}
@@ -118,8 +121,10 @@ def fed_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
-def plan_sizes(model: ir.Model) -> SizePlan:
-    plan = SizePlan()
+def plan_sizes(
+    model: ir.Model, sizes: tuple[int, ...] = FREE_SIZES, batches: tuple[int, ...] = (2, 1)
+) -> SizePlan:
+    plan = SizePlan(sizes=sizes, batches=batches)
     for value in fed_inputs(model):
         if not isinstance(value.type, ir.TensorType):
             raise UserError(f"input {value.name!r} is not a tensor: pass sample inputs as an .npz file.")

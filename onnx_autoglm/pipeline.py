@@ -141,9 +141,10 @@ def optimize(
                 step=progress,
             )
             _refuse_failure(proof)
-            if not proof.effect:
+            if proof.is_weak:
                 notes.append(
-                    "the cut changes no output on the inputs of the proof: pass sample inputs with --inputs"
+                    f"the cut moves the outputs by {proof.effect:.1e} only on the inputs of the proof, which is near "
+                    "rounding, so the proof is weak: pass sample inputs with --inputs"
                 )
         repaired: list[dict[str, Any]] = []
         if repair != "none":

@@ -24,6 +24,8 @@ EMBED_BYTES = 4096  # smaller tensors travel inside the model
 ALIGNMENT = 4096
 MESSAGE_LENGTH = 300
 RELATIVE_FLOOR = 1e-6
+# A column of an output may be off by this share of its own size, or of the usual size of a column.
+COLUMN_TOLERANCE, COLUMN_ROUNDING = 1e-4, 1e-6
 
 
 class Session:
@@ -113,17 +115,22 @@ class Difference:
         return self.inconclusive is None and self.relative <= tolerance
 
 
-def compare(expected: Arrays, actual: Arrays) -> Difference:
+def compare(expected: Arrays, actual: Arrays, reference: Arrays | None = None) -> Difference:
     """The worst relative difference between two sets of outputs, matched by name.
 
-    Per output it is max|a-b| / max(max|a|, 1e-6) over the finite elements. A missing output, another shape, a
-    NaN or infinity that the other side does not have: an infinite difference, with the reason. If no element
-    anywhere is finite, or none is different from zero, the result is marked inconclusive.
+    Per output it is max|a-b| / max(max|a|, 1e-6) over the finite elements. With a `reference` (what `expected`
+    was before it was changed on purpose) only the elements that the change moved set the scale, so that a
+    constant such as the lowest float cannot hide an error; and no column of the last axis may differ by as
+    much as the change itself moved it, unless that is rounding.
+
+    A missing output, another shape, a NaN or infinity that the other side does not have: an infinite
+    difference, with the reason. If no element anywhere is finite, or none is different from zero, the result is
+    marked inconclusive.
     """
     worst = Difference(0.0, 0.0, None)
     largest, any_finite = 0.0, False
     for name, a in expected.items():
-        found = _difference(name, a, actual.get(name))
+        found = _difference(name, a, actual.get(name), None if reference is None else reference.get(name))
         if worst.output is None or found.relative > worst.relative:
             worst = found
         finite = np.abs(_as_float(a)[np.isfinite(_as_float(a))])
@@ -135,7 +142,12 @@ def compare(expected: Arrays, actual: Arrays) -> Difference:
     return Difference(worst.relative, worst.absolute, worst.output, None, doubt)
 
 
-def _difference(name: str, expected: np.ndarray, actual: np.ndarray | None) -> Difference:
+def _difference(
+    name: str, expected: np.ndarray, actual: np.ndarray | None, reference: np.ndarray | None
+) -> Difference:
+    if not isinstance(expected, np.ndarray) or (actual is not None and not isinstance(actual, np.ndarray)):
+        reason = f"output {name!r} is a sequence, which cannot be compared"
+        return Difference(math.inf, math.inf, name, reason)
     if actual is None:
         return Difference(math.inf, math.inf, name, f"output {name!r} is missing")
     if expected.shape != actual.shape:
@@ -148,9 +160,35 @@ def _difference(name: str, expected: np.ndarray, actual: np.ndarray | None) -> D
         count = int((~same).sum())
         reason = f"output {name!r} has {count} elements that are NaN or infinite on one side only"
         return Difference(math.inf, math.inf, name, reason)
-    absolute = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
-    scale = float(np.abs(a[finite]).max(initial=0.0))
-    return Difference(absolute / max(scale, RELATIVE_FLOOR), absolute, name)
+    apart = np.where(finite, np.abs(np.where(finite, a, 0) - np.where(finite, b, 0)), 0.0)
+    size = np.where(finite, np.abs(np.where(finite, a, 0)), 0.0)
+    absolute = float(apart.max(initial=0.0))
+    if reference is None or reference.shape != expected.shape:
+        return Difference(absolute / max(float(size.max(initial=0.0)), RELATIVE_FLOOR), absolute, name)
+    return _against(name, apart, size, finite, np.abs(a - _as_float(reference)))
+
+
+def _against(
+    name: str, apart: np.ndarray, size: np.ndarray, finite: np.ndarray, effect: np.ndarray
+) -> Difference:
+    """The difference seen beside the effect that a deliberate change had, all of one shape."""
+    absolute = float(apart.max(initial=0.0))
+    moved = finite & ~(effect == 0)
+    effect = np.where(finite & np.isfinite(effect), effect, 0.0)
+    scale = float(size[moved].max(initial=0.0)) if moved.any() else float(size.max(initial=0.0))
+    relative = absolute / max(scale, RELATIVE_FLOOR)
+    if not apart.ndim or not apart.size:
+        return Difference(relative, absolute, name)
+    column = tuple(range(apart.ndim - 1))
+    off, by, own = (array.max(axis=column) for array in (apart, effect, size))
+    rounding = COLUMN_ROUNDING * float(np.median(own))
+    wrong = (off > 0.05 * by) & (off > COLUMN_TOLERANCE * own) & (off > rounding)
+    if not wrong.any():
+        return Difference(relative, absolute, name)
+    found = int(np.argmax(np.where(wrong, off / np.maximum(own, 1e-300), 0.0)))
+    return Difference(
+        max(relative, float(off[found] / own[found]) if own[found] else math.inf), absolute, name
+    )
 
 
 def _as_float(array: np.ndarray) -> np.ndarray:

@@ -132,7 +132,7 @@ def test_given_inputs_are_used() -> None:
     cut = prune(source, {"ffn-channel": 0.5})
     proof = prove(source, cut, tolerance=1e-5, feeds={"x": np.ones((3, 6), np.float32)})
     assert proof.holds
-    assert proof.inputs == {"x": [3, 6]}
+    assert proof.inputs == [{"x": [3, 6]}]
 
 
 def test_outputs_that_are_all_zero_prove_nothing() -> None:

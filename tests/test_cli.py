@@ -213,7 +213,7 @@ def test_sample_inputs_are_used(source: Path, tmp_path: Path) -> None:
     np.savez(sample, x=np.ones((1, 5, 16), np.float32))
     out = tmp_path / "out"
     assert run("optimize", source, "-o", out, "--inputs", sample).returncode == 0
-    assert json.loads((out / "report.json").read_text())["check"]["inputs"] == {"x": [1, 5, 16]}
+    assert json.loads((out / "report.json").read_text())["check"]["inputs"] == [{"x": [1, 5, 16]}]
 
 
 # --- bad input: one or two lines, exit code 1, nothing written
