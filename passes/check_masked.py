@@ -96,7 +96,7 @@ def check_masked(
         raise CheckFailed(f"the pruned model does not run where the source does: {error}") from error
     effect, differences = 0.0, []
     for source_out, masked_out, pruned_out in zip(before, expected, after, strict=True):
-        moved = compare(masked_out, source_out).relative
+        moved = compare(masked_out, source_out, source_out).relative
         effect = max(effect, moved if math.isfinite(moved) else 0.0)
         wanted = cut_arrays(masked_out, plan.interfaces)
         differences.append(compare(wanted, pruned_out, cut_arrays(source_out, plan.interfaces)))
