@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,22 +17,35 @@ _FILES = ("model.onnx.data", "model.onnx", "plan.json", "report.json")
 
 @contextlib.contextmanager
 def staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside the output, on the same disk; gone afterwards, whatever happens.
+    """A hidden folder on the disk of the output; gone afterwards, whatever happens.
+
+    It lies inside the output folder where that exists (which may be a mount point), otherwise beside it.
 
     Raises UserError if it cannot be made, or if writing into it fails.
     """
-    parent = folder.absolute().parent
+    folder = folder.resolve()
+    parent = folder if folder.is_dir() else folder.parent
     created = [path for path in (parent, *parent.parents) if not path.exists()]
-    staged = parent / f".{folder.name}.partial-{os.getpid()}"
+    staged: Path | None = None
     try:
         with explained(parent):
-            staged.mkdir(parents=True)
+            parent.mkdir(parents=True, exist_ok=True)
+            staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
+            # Made for this user alone; the result has the usual permissions of a new folder.
+            staged.chmod(0o777 & ~_umask())
             yield staged
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -51,6 +65,7 @@ def publish(staged: Path, folder: Path) -> None:
     A new folder appears in one step. In an existing one the old files are set aside first and come back
     if anything goes wrong, so that a model never lies beside the data or the plan of another.
     """
+    folder = folder.resolve()
     if not folder.exists():
         os.rename(staged, folder)
         return

@@ -276,8 +276,10 @@ def _refuse_the_impossible(
     for kind in fractions if asked else ():
         row = [decision for decision in decisions if decision.structure.kind == kind]
         if not row:
-            present = sorted({structure.kind for structure in structures.found}) or ["none"]
-            raise UserError(f"this model has no {kind}; it has {', '.join(present)}")
+            present = sorted({s.kind for s in structures.found if s.kind != "other"}) or ["none"]
+            lost = [f"{s.id}: {s.pins[0]}" for s in structures.found if s.kind == "other"][:2]
+            why = f"; lost from sight: {'; '.join(lost)}" if lost else ""
+            raise UserError(f"this model has no {kind}; it has {', '.join(present)}{why}")
         if all(decision.reason and decision.reason not in BY_CHOICE for decision in row):
             raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +99,15 @@ class Inspection:
                 console.print(f"  {line}", highlight=False, markup=False)
 
 
+def _finite(data: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def _grouped(pins: list[PinReport]) -> list[str]:
     """One line per reason, naming the node of the first place; the others are in the JSON."""
     places: dict[str, list[PinReport]] = defaultdict(list)
@@ -141,7 +151,7 @@ class Report:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        path.write_text(json.dumps(_finite(self.as_json()), indent=1, allow_nan=False) + "\n")
 
     def print(self, console: Console) -> None:
         """Writes the closing tables."""

@@ -52,6 +52,11 @@ def candidates(
     return decisions
 
 
+def _left_out(structure: Structure, options: PruningOptions) -> bool:
+    included = not options.target_layers or matches(structure.id, options.target_layers)
+    return bool(structure.pins) or not included or matches(structure.id, options.exclude_layers)
+
+
 def _why_not(structure: Structure, row: list[Structure], options: PruningOptions, asked: bool) -> str:
     if structure.pins:
         return "; ".join(str(pin) for pin in structure.pins[:3])
@@ -61,7 +66,7 @@ def _why_not(structure: Structure, row: list[Structure], options: PruningOptions
         return "excluded"
     if structure.interface and not asked:
         return f"would change the shape of {', '.join(structure.interface[:2])}: ask with --prune {structure.kind}="
-    inner = [other for other in row if structure.atom in other.outers and not other.pins]
+    inner = [other for other in row if structure.atom in other.outers and not _left_out(other, options)]
     if inner:
         return f"its inner factor {inner[0].id} is cut instead"
     return ""

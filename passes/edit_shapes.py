@@ -28,15 +28,22 @@ class ShapeEditor:
         self._patches: dict[tuple[ir.Value, tuple[tuple[int, Size], ...]], ir.Value] = {}
 
     def rewrite(
-        self, node: ir.Node, index: int, axes: Sequence[Dim | None], marker: int | None = None
+        self,
+        node: ir.Node,
+        index: int,
+        axes: Sequence[Dim | None],
+        marker: int | None = None,
+        *,
+        may_infer: bool = False,
     ) -> None:
         """Makes an integer input state the new sizes of `axes`.
 
         Entries that are right stay, as do the literal `marker` and entries that the cut does not reach:
-        neither the axis nor what the graph computes for it changed. `None` leaves an entry alone.
+        neither the axis nor what the graph computes for it changed. `None` leaves an entry alone. With
+        `may_infer` one entry that cannot be derived may become -1, as in a Reshape.
         """
         sizes = [None if dim is None else (size_of(dim), self.selection.size(dim)) for dim in axes]
-        self.replace_entries(node, index, sizes, marker)
+        self.replace_entries(node, index, sizes, marker, may_infer=may_infer)
 
     def replace_entries(
         self,
@@ -44,6 +51,8 @@ class ShapeEditor:
         index: int,
         sizes: Sequence[tuple[Size, Size] | None],
         marker: int | None = None,
+        *,
+        may_infer: bool = False,
     ) -> None:
         """As `rewrite`, for given (old, new) values of each entry."""
         value = node.inputs[index]
@@ -54,10 +63,18 @@ class ShapeEditor:
         replacements: dict[int, Size] = {}
         for position, (entry, size) in enumerate(zip(contents.flat, sizes, strict=True)):
             before, now = evaluate(entry, size_of), evaluate(entry, self.selection.size)
-            if size is None or now is None or now == size[1] or entry == marker:
+            if size is None or before is None or now == size[1] or entry == marker:
                 continue
             if before != now or size[0] != size[1]:
                 replacements[position] = size[1]
+        lost = [
+            position
+            for position, wanted in replacements.items()
+            if not isinstance(wanted, int)
+            and _ratio(wanted, evaluate(contents.flat[position], self.selection.size)) is None
+        ]
+        if may_infer and len(lost) == 1 and not any(entry == -1 for entry in contents.flat):
+            replacements[lost[0]] = -1
         if replacements:
             node.replace_input_with(index, self._patched(node, value, contents, replacements))
             self.changed += 1

@@ -59,8 +59,6 @@ class _Repair:
     def differs(self, dim: Dim) -> bool:
         return self.selection.touches(dim)
 
-    # --- values
-
     # --- integer values that are used as data keep the source's value
 
     def _freeze_data(self, node: ir.Node, handled: set[int]) -> None:
@@ -126,7 +124,7 @@ def _reshape(repair: _Repair, node: ir.Node) -> set[int]:
         is_copy = copies and entry == 0 and axis < len(inputs) and repair.new(inputs[axis]) == repair.new(dim)
         is_marker = isinstance(entry, int) and entry == -1
         wanted.append(None if is_copy or is_marker else dim)
-    repair.editor.rewrite(node, 1, wanted)
+    repair.editor.rewrite(node, 1, wanted, may_infer=True)
     return {1}
 
 

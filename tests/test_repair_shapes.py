@@ -241,3 +241,27 @@ def test_declared_shapes_follow() -> None:
     (hidden,) = [out for node in cut.model.graph for out in node.outputs if out.name == "h"]
     assert list(hidden.shape or [])[1] == 8
     assert np.prod(cut.model.graph.initializers["w"].shape.numpy()) == 48  # type: ignore[union-attr]
+
+
+def test_a_batch_that_was_divided_out_of_batch_times_heads() -> None:
+    """`Shape[0] / 8` is the batch of `batch*8` rows; with other heads it is not, and no ratio mends it."""
+    text = """
+    g (float[n,s,8] x) => (float[n,s,8] y)
+    <float[8,32] q, float[8,32] k, float[8,32] v, float[32,8] o,
+     int64[4] heads = {0,-1,8,4}, int64[1] d = {4}, int64[1] all = {32}, int64[1] eight = {8},
+     int64[1] one = {1}, int64[1] zero = {0}, int64 axis = {0}>
+    {
+      qf = MatMul(x, q) kf = MatMul(x, k) vf = MatMul(x, v)
+      qh = Reshape(qf, heads) kh = Reshape(kf, heads) vh = Reshape(vf, heads)
+      qt = Transpose<perm=[0,2,1,3]>(qh) kt = Transpose<perm=[0,2,3,1]>(kh) vt = Transpose<perm=[0,2,1,3]>(vh)
+      size = Shape(x) n = Gather(size, zero) s = Gather(size, one) rows = Mul(n, eight)
+      rq = Concat<axis=0>(rows, s, d) rk = Concat<axis=0>(rows, d, s)
+      qr = Reshape(qt, rq) kr = Reshape(kt, rk) vr = Reshape(vt, rq)
+      scores = MatMul(qr, kr) p = Softmax(scores) c = MatMul(p, vr)
+      made = Shape(c) first = Gather(made, zero) batch = Div(first, eight)
+      shape = Concat<axis=0>(batch, eight, s, d)
+      split = Reshape(c, shape) back = Transpose<perm=[0,2,1,3]>(split)
+      flat = Concat<axis=0>(n, s, all) f = Reshape(back, flat) y = MatMul(f, o)
+    }
+    """
+    assert_prunes(model(text), {"query-head": 0.5, "value-channel": 0.5})

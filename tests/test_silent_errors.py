@@ -94,6 +94,19 @@ def test_a_window_of_a_short_sequence_is_short(length: int) -> None:
     assert run_at(source, cut, feeds) < 1e-5
 
 
+def test_a_window_of_a_symbolic_axis_has_no_known_size() -> None:
+    from onnx_autoglm.cut import analyse
+
+    for bounds in ("{-4}, int64[1] to = {9223372036854775807}", "{0}, int64[1] to = {5}"):
+        text = (
+            f"g (float[n,s,8] x) => (float[n,t,8] y) <int64[1] from = {bounds}, int64[1] one = {{1}}> "
+            "{ y = Slice(x, from, to, one) }"
+        )
+        found = analyse(model(text)).analysis
+        (output,) = found.graph.outputs
+        assert not [atom for atom in (found.values[output] or [])[1] if isinstance(atom.size, int)]
+
+
 def test_a_declared_size_behind_an_unknown_op_is_not_trusted() -> None:
     """Sizes of the traced sample are not those of every run."""
     text = f"""

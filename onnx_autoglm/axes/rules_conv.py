@@ -21,6 +21,7 @@ def convolution(op: Op) -> None:
     op.counts("group", groups)
     for dim in (dims[1], weight[0]):
         op.role(dim, Role.CONVOLVED)
+    op.must_be_zero((0, 1), weight[1], "convolved with a weight that is computed, and would not be zero")
     if op.is_weight(1) and op.attr_int("group", 1) == 1:
         op.contracts((0, 1 - len(dims)), (1, 1 - len(weight)), dims[1])
     if op.has(2):

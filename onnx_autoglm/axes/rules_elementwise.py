@@ -48,7 +48,7 @@ def unary(op: Op) -> None:
     for index in range(1, len(op.node.inputs)):
         if op.has(index) and any(resolve(dim) for dim in op.dims(index)):
             raise Unknown(f"input {index} is not a scalar")
-    if op.node.op_type in ("Reciprocal", "Log"):
+    if op.node.op_type in ("Reciprocal", "Log", "Acosh"):
         op.must_not_be_zero(0)
     for index in range(len(op.node.outputs)):
         op.output(op.dims(0), index)

@@ -15,6 +15,7 @@ from onnx_autoglm.axes.facts import Role
 from onnx_autoglm.axes.op import Op, Rule, Unknown
 from onnx_autoglm.axes.rules_elementwise import broadcast
 
+COMPUTED = "contracted with a weight that is computed, where a removed entry would not be zero"
 CONTRACTION = "summed over in a product of two activations, where a removed channel would not be zero"
 
 
@@ -47,6 +48,7 @@ def product_roles(
         return
     for dim in contracted:
         op.role(dim, Role.CONTRACTED)
+        op.must_be_zero(operands, dim, COMPUTED)
     for dim in free[0] if is_weight[0] else free[1]:
         op.role(dim, Role.MADE)
     for dim in stacked:
