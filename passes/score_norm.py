@@ -44,6 +44,8 @@ def score_norm(structures: Sequence[Structure], p: int) -> dict[Structure, Score
         sizes = [_number(outer.size) for outer in structure.outers]
         total = np.zeros([*sizes, structure.size])
         for place in structure.places:
+            if _is_scale(place):
+                continue  # counted with the numbers that it scales
             _add_place(total, structure, place, p, reduced)
         scores[structure] = total ** (1.0 / p)
     return scores
@@ -66,7 +68,7 @@ def _add_place(
     key = (value, axes)
     if key not in reduced:
         assert value.const_value is not None
-        reduced[key] = sum_powers(value.const_value, axes, p)
+        reduced[key] = sum_powers(value.const_value, axes, p, _Scale.of(place))
     other = merged(coordinates(dims[axes[1]])) if elsewhere else {}
     for atom, index in own:
         if atom is structure.atom:
@@ -100,7 +102,65 @@ def _number(size: Any) -> int:
     return size
 
 
-def sum_powers(tensor: ir.TensorProtocol, axes: tuple[int, ...], p: int) -> Scores:
+def _is_scale(place: Place) -> bool:
+    return all(
+        node.op_type in ("QuantizeLinear", "DequantizeLinear") and index > 0
+        for node, index in place.use.consumers
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """How DequantizeLinear turns the stored integers of a weight into numbers: `(w - zero) * scale`.
+
+    Scale and zero point are held per tensor (a scalar), per index of `axis`, or per `block` of it.
+    """
+
+    scale: npt.NDArray[np.float32]
+    zero: npt.NDArray[np.float32]
+    axis: int
+    block: int
+
+    @classmethod
+    def of(cls, place: Place) -> _Scale | None:
+        """The scale of a stored weight; None where it is not quantized, or by a scale that is computed."""
+        node, index = place.use.consumers[0]
+        if node.op_type != "DequantizeLinear" or index != 0:
+            return None
+        found = [None if value is None else value.const_value for value in node.inputs[1:3]]
+        if found[0] is None:
+            return None
+        scale = found[0].numpy().astype(np.float32)
+        zero = found[1] if len(found) > 1 else None
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
+        block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else 0
+        zeros = np.zeros_like(scale) if zero is None else zero.numpy().astype(np.float32)
+        return cls(scale, zeros, axis % max(len(place.use.dims), 1), block)
+
+    def apply(self, piece: npt.NDArray[np.float32], start: int) -> npt.NDArray[np.float32]:
+        """The numbers of rows `start ...` of the weight."""
+        scale, zero = (self._spread(array, piece, start) for array in (self.scale, self.zero))
+        return (piece - zero) * scale
+
+    def _spread(
+        self, array: npt.NDArray[np.float32], piece: npt.NDArray[np.float32], start: int
+    ) -> npt.NDArray[np.float32]:
+        if array.size == 1:
+            return array.reshape(())
+        rows = np.arange(start, start + len(piece))
+        if self.block:
+            if self.axis == 0:
+                return array[rows // self.block]
+            whole = np.repeat(array[rows], self.block, axis=self.axis)
+            return whole.take(range(piece.shape[self.axis]), axis=self.axis)
+        if self.axis == 0:
+            array = array[rows]
+        return array.reshape([-1 if axis == self.axis else 1 for axis in range(piece.ndim)])
+
+
+def sum_powers(
+    tensor: ir.TensorProtocol, axes: tuple[int, ...], p: int, scale: _Scale | None = None
+) -> Scores:
     """`sum |w|^p` over all axes but the given ones, in their order, reading a few megabytes at a time."""
     array = tensor.numpy()
     kept = sorted(axes)
@@ -109,7 +169,8 @@ def sum_powers(tensor: ir.TensorProtocol, axes: tuple[int, ...], p: int) -> Scor
     row_bytes = max(array.nbytes // max(array.shape[0], 1), 1)
     step = max(1, _CHUNK_BYTES // row_bytes)
     for start in range(0, array.shape[0], step):
-        piece = np.abs(array[start : start + step].astype(np.float32))
+        piece = array[start : start + step].astype(np.float32)
+        piece = np.abs(piece if scale is None else scale.apply(piece, start))
         powers = piece if p == 1 else np.square(piece, out=piece)
         sums = powers.sum(axis=others, dtype=np.float64)
         if 0 in kept:

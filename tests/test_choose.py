@@ -173,3 +173,35 @@ def test_heads_are_scored_and_chosen_in_each_group() -> None:
     selection, _ = choose([structure], {structure: scores}, {"query-head": 0.5}, PruningOptions())
     best = selection.kept[structure.atom].argmax(axis=1)
     assert best.tolist() == scores.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("block", [0, 3])
+def test_quantized_weights_are_scored_by_the_numbers_they_stand_for(axes: tuple[int, int], block: int) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (4, 12), "b": (12, 4)}
+    weights, plain, declared, lines = {}, {}, [], []
+    for (name, shape), axis in zip(shapes.items(), axes, strict=True):
+        count = shape[axis]
+        blocks = [-(-n // block) if i == axis else n for i, n in enumerate(shape)] if block else [count]
+        scale = (rng.random(blocks) + 0.01).astype(np.float32) ** 3
+        zero = rng.integers(-9, 9, blocks).astype(np.int8)
+        stored = rng.integers(-99, 99, shape).astype(np.int8)
+        form = ",".join(str(n) for n in blocks)
+        declared.append(
+            f"int8[{shape[0]},{shape[1]}] {name}_q, float[{form}] {name}_s, int8[{form}] {name}_z"
+        )
+        size = f", block_size={block}" if block else ""
+        lines.append(f"{name} = DequantizeLinear<axis={axis}{size}>({name}_q, {name}_s, {name}_z)")
+        weights |= {f"{name}_q": stored, f"{name}_s": scale, f"{name}_z": zero}
+        full = [
+            np.repeat(a, block, axis=axis).take(range(count), axis=axis)
+            if block
+            else a.reshape([-1 if i == axis else 1 for i in range(2)])
+            for a in (scale, zero.astype(np.float32))
+        ]
+        plain[name] = (stored.astype(np.float32) - full[1]) * full[0]
+    text = f"g (float[n,4] x) => (float[n,4] y) <{', '.join(declared)}> {{ {' '.join(lines)} h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }}"
+    (quantized,) = (s for s in structures(model(text, opset=21, weights=weights)) if s.size == 12)
+    expected = np.sqrt(np.square(plain["a"]).sum(axis=0) + np.square(plain["b"]).sum(axis=1))
+    assert np.allclose(ScoreNorm(2)([quantized])[quantized], expected, rtol=1e-4)
