@@ -66,9 +66,7 @@ def fill(folder: Path) -> None:
                 row.astype(tensor.dtype.numpy()).tofile(file)
 
 
-def build(
-    target: Target, settings: dict[str, Any], folder: Path, dtype: torch.dtype | None = None
-) -> None:
+def build(target: Target, settings: dict[str, Any], folder: Path, dtype: torch.dtype | None = None) -> None:
     import onnx_ir
     import torch
     from export import decoder_axes, decoder_module, dynamo_program, quiet, save_sample, token_inputs

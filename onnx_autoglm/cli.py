@@ -76,21 +76,6 @@ def _option(flag: Flag) -> click.Option:
     return click.Option([flag.name, flag.keyword], **settings)
 
 
-def _fractions(values: tuple[str, ...]) -> dict[str, float] | None:
-    result: dict[str, float] = {}
-    for item in ",".join(values).split(",") if values else ():
-        kind, sign, number = item.strip().partition("=")
-        if kind in result:
-            raise UserError(f"--prune gives {kind} twice")
-        try:
-            result[kind] = float(number)
-        except ValueError:
-            sign = ""
-        if not sign or not kind:
-            raise UserError(f"--prune {item!r}: write KIND=FRACTION, for example ffn-channel=0.25")
-    return result or None
-
-
 # --- commands
 
 
@@ -118,7 +103,7 @@ def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool,
       onnx-autoglm optimize model.onnx -o out --prune ffn-channel=0.3 --scope global --align 8
       onnx-autoglm optimize model.onnx -o out --config pruning.yaml
     """
-    options = collect({**given, "prune": _fractions(given["prune"])}, config)
+    options = collect({**given, "prune": ",".join(given["prune"])}, config)
     folder = output or model.with_name(f"{model.stem}-pruned")
     from onnx_autoglm import pipeline
 

@@ -80,6 +80,17 @@ class PruningOptions(_Options):
     schedule: Literal["one-shot"] = Field(default="one-shot", description="When to remove: all at once.")
     seed: int = Field(default=0, ge=0, description="Seed of the random criterion and of generated inputs.")
 
+    @field_validator("sparsity_level", mode="before")
+    @classmethod
+    def _as_fractions(cls, value: Any) -> Any:
+        """`KIND=FRACTION,...`, as on the command line, is as good as a mapping."""
+        return parse_fractions(value) if isinstance(value, str) else value
+
+    @field_validator("target_layers", "exclude_layers", mode="before")
+    @classmethod
+    def _as_globs(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("sparsity_level")
     @classmethod
     def _known_kinds(cls, value: dict[str, float] | float) -> dict[str, float] | float:
@@ -89,6 +100,21 @@ class PruningOptions(_Options):
             if not 0 < fraction < 1:
                 raise ValueError(f"{kind}={fraction:g}: the fraction to remove must lie between 0 and 1")
         return value
+
+
+def parse_fractions(text: str) -> dict[str, float]:
+    """`KIND=FRACTION` texts joined by commas. Raises ValueError."""
+    result: dict[str, float] = {}
+    for item in text.split(","):
+        kind, _, number = item.strip().partition("=")
+        if kind in result:
+            raise ValueError(f"{kind} is given twice")
+        try:
+            result[kind] = float(number)
+        except ValueError:
+            message = f"{item!r}: write KIND=FRACTION, for example ffn-channel=0.25"
+            raise ValueError(message) from None
+    return result
 
 
 class DataOptions(_Options):
@@ -203,7 +229,7 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
     for keyword, value in given.items():
         if keyword not in known:
             raise UserError(f"unknown option {keyword!r}; options are {', '.join(known)}")
-        if value is None or value == ():
+        if value is None or value in ((), ""):
             continue
         *sections, name = known[keyword].path
         target = data

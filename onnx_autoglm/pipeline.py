@@ -110,6 +110,11 @@ def optimize(
             raise UserError("\n".join(missed))
         notes += missed
         _refuse_nothing(decisions)
+        changed = {name for d in decisions if d.keep < d.structure.size for name in d.structure.interface}
+        if changed:
+            notes.append(
+                f"changes the shape of graph inputs and outputs (plan.json: interfaces): {', '.join(sorted(changed))}"
+            )
     reports, pins = structure_reports(structures, decisions, scores), pin_reports(structures)
     with clock("remove and repair") as effect:
         after_flops = count_flops(structures.analysis, selection)

@@ -77,7 +77,7 @@ def pin_reports(structures: Structures) -> list[PinReport]:
     others = {
         atom
         for use in structures.uses
-        if use.value.const_value is not None and use.value.const_value.dtype.is_floating_point()
+        if use.value.const_value is not None and use.value not in structures.analysis.contents
         for dim in use.dims
         for atom in leaves(dim)
         if atom not in listed

@@ -177,7 +177,9 @@ def test_heads_are_scored_and_chosen_in_each_group() -> None:
 
 @pytest.mark.parametrize("axes", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("block", [0, 3])
-def test_quantized_weights_are_scored_by_the_numbers_they_stand_for(axes: tuple[int, int], block: int) -> None:
+def test_quantized_weights_are_scored_by_the_numbers_they_stand_for(
+    axes: tuple[int, int], block: int
+) -> None:
     rng = np.random.default_rng(0)
     shapes = {"a": (4, 12), "b": (12, 4)}
     weights, plain, declared, lines = {}, {}, [], []

@@ -251,6 +251,41 @@ def test_multi_head_attention(bias: str, given: str) -> None:
         assert cut.model.graph.initializers["b"].shape == (2 * (4 + 4 + 3),)
 
 
+def test_multi_head_attention_with_a_cache() -> None:
+    source = model("""
+        g (float[B,S,12] x, float[B,4,P,8] past_k, float[B,4,P,6] past_v)
+          => (float[B,S,12] y, float[B,4,T,8] present_k, float[B,4,T,6] present_v)
+          <float[12,32] wq, float[12,32] wk, float[12,24] wv, float[24,12] wo>
+        {
+            q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+            a, present_k, present_v = com.microsoft.MultiHeadAttention<num_heads=4>(q, k, v, , , , past_k, past_v)
+            y = MatMul(a, wo)
+        }
+        """)
+    assert the(source, "query-head").interface == ["past_k", "past_v", "present_k", "present_v"]
+    assert not [pin for kind in ("query-head", "qk-pair", "value-channel") for pin in the(source, kind).pins]
+
+
+def test_groups_of_one_weight_that_holds_queries_beside_their_key_and_value() -> None:
+    """`kv*(rep+1+1)*d`, the layout of the newer Falcon models: `kv` covers all of it, `rep` a part."""
+    source = model("""
+        g (float[B,S,12] x) => (float[B,S,12] y)
+          <float[12,80] w, float[48,12] wo, int64[5] shape = {0,0,2,5,8}, int64[3] parts = {3,1,1},
+           int64[4] flat_q = {0,0,6,8}, int64[5] wide = {1,1,1,3,1}, int64[4] one = {0,0,2,8}, int64[3] out = {0,0,48}>
+        {
+            h = MatMul(x, w)  split = Reshape(h, shape)  q, k, v = Split<axis=3>(split, parts)
+            qf = Reshape(q, flat_q)  kw = Expand(k, wide)  vw = Expand(v, wide)
+            kf = Reshape(kw, flat_q)  vf = Reshape(vw, flat_q)
+            qt = Transpose<perm=[0,2,1,3]>(qf)  kt = Transpose<perm=[0,2,3,1]>(kf)  vt = Transpose<perm=[0,2,1,3]>(vf)
+            s = MatMul(qt, kt)  p = Softmax(s)  c = MatMul(p, vt)  back = Transpose<perm=[0,2,1,3]>(c)
+            f = Reshape(back, out)  y = MatMul(f, wo)
+        }
+        """)
+    assert the(source, "kv-group").size == 2
+    assert the(source, "query-head").size == 3
+    assert_prunes(source, {"kv-group": 0.5, "query-head": 1 / 3})
+
+
 def test_multi_head_attention_with_packed_inputs_is_refused() -> None:
     source = model("""
         g (float[B,S,12] x) => (float[B,S,12] y) <float[12,96] w, float[32,12] wo, int64[5] shape = {0,0,4,3,8}>

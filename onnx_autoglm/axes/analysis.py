@@ -119,8 +119,8 @@ class Analysis:
         # Exporters merge equal vectors of different layers (biases of zeros, norms of ones). Each use of
         # a vector is its own axis, cloned on write; untying a shared matrix would duplicate it instead.
         if len(uses) > 1 and sum(size > 1 for size in shape) <= 1 and not value.is_graph_output():
-            for node, index in uses:
-                self.views[node, index] = [ax.fresh(size) for size in shape]
+            by_node = {node: [ax.fresh(size) for size in shape] for node, _ in uses}
+            self.views.update(((node, index), by_node[node]) for node, index in uses)
         self.values[value] = [ax.fresh(size) for size in shape]
 
     def _enter_input(self, value: ir.Value) -> None:

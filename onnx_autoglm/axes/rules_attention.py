@@ -190,7 +190,7 @@ def multi_head_attention(op: Op) -> None:
     if op.has(3):
         op.equal(op.dims(3)[0], ax.join([query[2], key[2], value[2]]))
     op.pin_all([query[1], key[1]], "positions of an attention")
-    total = op.born(op.opaque(), "positions of an attention") if op.has(6) else key[1]
+    total = ax.join([op.dims(6)[2], key[1]]) if op.has(6) else key[1]
     if op.has(5):
         broadcast(op, [[query[0], heads.kv, query[1], UNIT], [*op.dims(5)[:3], UNIT]])
     if op.has(6):

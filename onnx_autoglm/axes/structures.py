@@ -154,9 +154,9 @@ def _add_zero_pins(analysis: Analysis, pins: dict[Atom, list[Pin]], places: dict
 
 
 def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]:
-    """Head atoms under which another head atom lives in fewer places: `kv` above `rep`.
+    """Head atoms under which another head atom covers fewer entries of the weights: `kv` above `rep`.
 
-    Places are counted, since one fused weight `[q|k|v]` holds `rep` once and `kv` three times.
+    Entries are counted, since one fused weight, `[q|k|v]` or `kv*(rep+1+1)`, holds both.
     """
     heads: dict[ir.Node, set[Atom]] = defaultdict(set)
     for dim, role, node in analysis.roles:
@@ -164,15 +164,17 @@ def _kv_groups(analysis: Analysis, places: dict[Atom, list[Place]]) -> set[Atom]
             heads[node].update(atom for atom in leaves(dim) if atom in places)
     groups: set[Atom] = set()
     for atoms in heads.values():
-        held = {atom: _occurrences(atom, places[atom]) for atom in atoms}
+        held = {atom: _covered(atom, places[atom]) for atom in atoms}
         groups.update(a for a in atoms if any(held[b] < held[a] for b in atoms))
     return groups
 
 
-def _occurrences(atom: Atom, places: list[Place]) -> Counter[Use]:
+def _covered(atom: Atom, places: list[Place]) -> Counter[Use]:
+    """How many entries of an axis hold the atom, per initializer."""
     counts: Counter[Use] = Counter()
     for place in places:
-        counts[place.use] += leaves(place.use.dims[place.axis]).count(atom)
+        assert isinstance(atom.size, int)
+        counts[place.use] += _held(place.use.dims[place.axis])[atom] * atom.size
     return counts
 
 
