@@ -21,6 +21,7 @@ from onnx_autoglm.feed_roles import (
     is_position,
     length_at,
     limit_of,
+    token_roles,
     uses_of,
 )
 from onnx_autoglm.feed_sizes import FREE_SIZES, Sizes, fed_inputs, plan_sizes, shape_of
@@ -48,18 +49,19 @@ def generate_feeds(
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to generate feeds: the sizes of free axes, batches to try, and masks with holes."""
+    """One way to generate feeds: the sizes of free axes, batches to try, masks with holes, empty caches."""
 
     sizes: tuple[int, ...] = FREE_SIZES
     batches: tuple[int, ...] = (2, 1)
     holes: bool = False
+    empty: bool = False
 
 
 # What a graph gets wrong at other sizes, or where masks are not all ones, one set of feeds does not show.
 VARIANTS = (
     Variant(),
     Variant((2, 3, 4, 5, 6, 8, 9), (3, 1), holes=True),
-    Variant((8, 10, 9, 12, 11, 14, 13), (2, 1)),
+    Variant((33, 40, 37, 44, 42, 50, 47), (2, 1), empty=True),
 )
 
 
@@ -73,9 +75,11 @@ def candidate_feeds(model: ir.Model, seed: int = 0, variant: Variant = VARIANTS[
         UserError: as `generate_feeds`.
     """
     plan = plan_sizes(model, variant.sizes, variant.batches)
+    roles = token_roles(model) if variant.empty else None
+    empty = dict.fromkeys(roles.past_symbols if roles else (), 0)
     tried: set[tuple[tuple[int, ...], ...]] = set()
     for batch, sizes in plan.choices():
-        assigned = plan.assign(sizes, batch)
+        assigned = plan.assign({**sizes, **empty}, batch)
         shapes = tuple(shape_of(value, assigned) for value in fed_inputs(model))
         if shapes not in tried:
             tried.add(shapes)

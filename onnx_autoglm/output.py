@@ -24,6 +24,9 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises UserError if it cannot be made, or if writing into it fails.
     """
     folder = folder.resolve()
+    blocked = next((name for name in _FILES if (folder / name).is_dir()), None)
+    if blocked:
+        raise UserError(f"{folder / blocked} is a folder: choose another output folder")
     parent = folder if folder.is_dir() else folder.parent
     created = [path for path in (parent, *parent.parents) if not path.exists()]
     staged: Path | None = None

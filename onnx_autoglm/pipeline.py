@@ -146,6 +146,11 @@ def optimize(
                 step=progress,
             )
             _refuse_failure(proof)
+            if proof.difference.unseen:
+                notes.append(
+                    f"on the inputs of the proof no number of {', '.join(proof.difference.unseen)} is finite, so it was "
+                    "not compared: pass sample inputs with --inputs"
+                )
             if proof.is_weak:
                 notes.append(
                     f"the cut moves the outputs by {proof.effect:.1e} only on the inputs of the proof, which is near "

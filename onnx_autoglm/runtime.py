@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -101,7 +101,8 @@ class Difference:
     """How far two runs are apart.
 
     `relative` is the worst max|a-b| / max|a| over the outputs, `absolute` the max|a-b| of that same output.
-    `reason` says why the difference is infinite. `inconclusive` says why equality would prove nothing.
+    `reason` says why the difference is infinite. `inconclusive` says why equality would prove nothing. `unseen`
+    names outputs that hold no finite number, of which nothing is known.
     """
 
     relative: float
@@ -109,6 +110,7 @@ class Difference:
     output: str | None
     reason: str | None = None
     inconclusive: str | None = None
+    unseen: tuple[str, ...] = ()
 
     def within(self, tolerance: float) -> bool:
         """Whether the runs agree to a relative tolerance, and their agreement means something."""
@@ -128,18 +130,21 @@ def compare(expected: Arrays, actual: Arrays, reference: Arrays | None = None) -
     marked inconclusive.
     """
     worst = Difference(0.0, 0.0, None)
-    largest, any_finite = 0.0, False
+    largest, any_finite, unseen = 0.0, False, []
     for name, a in expected.items():
         found = _difference(name, a, actual.get(name), None if reference is None else reference.get(name))
         if worst.output is None or found.relative > worst.relative:
             worst = found
         finite = np.abs(_as_float(a)[np.isfinite(_as_float(a))])
         any_finite |= finite.size > 0
+        if np.size(a) and not finite.size:
+            unseen.append(name)
         largest = max(largest, float(finite.max(initial=0.0)))
+    worst = replace(worst, unseen=tuple(unseen))
     if math.isinf(worst.relative) or largest > 0:
         return worst
     doubt = "all outputs are zero" if any_finite else "the outputs hold no finite number"
-    return Difference(worst.relative, worst.absolute, worst.output, None, doubt)
+    return replace(worst, reason=None, inconclusive=doubt)
 
 
 def _difference(

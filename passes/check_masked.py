@@ -102,6 +102,9 @@ def check_masked(
         differences.append(compare(wanted, pruned_out, cut_arrays(source_out, plan.interfaces)))
     conclusive = [difference for difference in differences if difference.inconclusive is None]
     worst = max(conclusive or differences, key=lambda difference: difference.relative)
+    # Nothing is known of an output that is never finite, on whatever inputs.
+    unseen = set.intersection(*(set(difference.unseen) for difference in differences))
+    worst = dataclasses.replace(worst, unseen=tuple(sorted(unseen)))
     shapes = [{name: list(array.shape) for name, array in feed.items()} for feed in used]
     return Proof(worst, effect, shapes, "float32" if wide else "as exported", tolerance)
 

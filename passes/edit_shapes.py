@@ -24,6 +24,7 @@ class ShapeEditor:
         self.graph = analysis.graph
         self.selection = selection
         self.changed = 0
+        self._taken = value_names(self.graph)
         self._constants: dict[tuple[ir.DataType, tuple[int, ...], tuple[int, ...]], ir.Value] = {}
         self._patches: dict[tuple[ir.Value, tuple[tuple[int, Size], ...]], ir.Value] = {}
 
@@ -178,13 +179,22 @@ class ShapeEditor:
         if key not in self._constants:
             array = np.array(numbers, dtype=dtype.numpy()).reshape(shape)
             name = f"cut_shape_{len(self._constants)}"
-            while name in self.graph.initializers:
+            while name in self._taken:
                 name += "_"
+            self._taken.add(name)
             value = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
             value.shape, value.dtype = ir.Shape(shape), dtype
             self.graph.register_initializer(value)
             self._constants[key] = value
         return self._constants[key]
+
+
+def value_names(graph: ir.Graph) -> set[str]:
+    """The names of all values of a graph and of its bodies."""
+    nodes = [*graph.all_nodes()]
+    values = [*graph.inputs, *graph.initializers.values(), *(out for node in nodes for out in node.outputs)]
+    inner = [value for body in graph.subgraphs() for value in (*body.inputs, *body.initializers.values())]
+    return {value.name for value in (*values, *inner) if value.name}
 
 
 def _ratio(wanted: Size | None, now: Size | None) -> tuple[int, int] | None:

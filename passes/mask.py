@@ -50,8 +50,13 @@ def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[di
 
 def _check_range(name: str, shape: Sequence[int], cuts: list[dict[str, Any]]) -> None:
     for cut in cuts:
-        axis, kept = cut["axis"], np.asarray(cut["kept"])
-        fits = isinstance(axis, int) and 0 <= axis < len(shape) and kept.dtype.kind == "i" and kept.size
+        axis, outer = cut["axis"], cut.get("outer_axis", 0)
+        try:
+            kept = np.asarray(cut["kept"])
+        except ValueError:  # rows of different lengths
+            kept = np.array([])
+        inside = all(isinstance(number, int) and 0 <= number < len(shape) for number in (axis, outer))
+        fits = inside and kept.dtype.kind == "i" and kept.size and kept.ndim == 1 + ("outer_axis" in cut)
         if not fits or kept.min() < 0 or kept.max() >= shape[axis]:
             raise UserError(f"the plan cuts {name!r} where the source has nothing: is it the right source?")
 

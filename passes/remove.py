@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_autoglm.axes.places import Use
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structures
+from onnx_autoglm.passes.edit_shapes import value_names
 from onnx_autoglm.sliced_tensor import SlicedTensor
 
 
@@ -47,10 +48,11 @@ def remove(structures: Structures, selection: Selection) -> list[Removal]:
     for use in structures.uses:
         by_value[use.value].append((use, _cuts(use, selection)))
     removals: list[Removal] = []
+    taken = value_names(structures.analysis.graph)
     for value, uses in by_value.items():
         if any(cuts for _, cuts in uses):
             removals.extend(cut for _, cuts in uses for cut in cuts)
-            _rewrite(structures.analysis.graph, value, uses)
+            _rewrite(structures.analysis.graph, value, uses, taken)
     return removals
 
 
@@ -68,7 +70,9 @@ def _name_of(node: ir.Node) -> str:
     return next((output.name for output in node.outputs if output.name), "")
 
 
-def _rewrite(graph: ir.Graph, value: ir.Value, uses: list[tuple[Use, list[Removal]]]) -> None:
+def _rewrite(
+    graph: ir.Graph, value: ir.Value, uses: list[tuple[Use, list[Removal]]], taken: set[str]
+) -> None:
     source = value.const_value
     assert source is not None
     variants: dict[bytes, ir.Value] = {}
@@ -78,7 +82,7 @@ def _rewrite(graph: ir.Graph, value: ir.Value, uses: list[tuple[Use, list[Remova
     for use, cuts in uses:
         key = b"|".join(f"{cut.axis},{cut.outer_axis}:".encode() + cut.kept.tobytes() for cut in cuts)
         if key not in variants:
-            variants[key] = _cut_value(graph, value, source, cuts, in_place=not variants)
+            variants[key] = _cut_value(graph, value, source, cuts, taken, in_place=not variants)
         if variants[key] is not value:
             for node, index in use.consumers:
                 node.replace_input_with(index, variants[key])
@@ -90,11 +94,17 @@ def _is_used_elsewhere(value: ir.Value, uses: list[tuple[Use, list[Removal]]]) -
 
 
 def _cut_value(
-    graph: ir.Graph, value: ir.Value, source: ir.TensorProtocol, cuts: list[Removal], *, in_place: bool
+    graph: ir.Graph,
+    value: ir.Value,
+    source: ir.TensorProtocol,
+    cuts: list[Removal],
+    taken: set[str],
+    *,
+    in_place: bool,
 ) -> ir.Value:
     target = value
     if not in_place:
-        name = _free_name(graph, f"{value.name}_cut")
+        name = _free_name(taken, f"{value.name}_cut")
         target = ir.Value(name=name, type=value.type, metadata_props=dict(value.metadata_props))
     kept = {cut.axis: cut.kept for cut in cuts}
     outer = {cut.axis: cut.outer_axis for cut in cuts if cut.outer_axis is not None}
@@ -106,9 +116,10 @@ def _cut_value(
     return target
 
 
-def _free_name(graph: ir.Graph, wanted: str) -> str:
+def _free_name(taken: set[str], wanted: str) -> str:
     name, count = wanted, 0
-    while name in graph.initializers:
+    while name in taken:
         count += 1
         name = f"{wanted}_{count}"
+    taken.add(name)
     return name

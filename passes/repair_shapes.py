@@ -70,7 +70,7 @@ class _Repair:
             contents = self.analysis.contents[value]
             before = [evaluate(entry, size_of) for entry in contents.flat]
             after = [evaluate(entry, self.new) for entry in contents.flat]
-            if before == after or contents.ndim > 1:
+            if before == after:
                 continue
             numbers = [size for size in before if isinstance(size, int)]
             if len(numbers) != len(before):
@@ -107,7 +107,7 @@ class _Repair:
             )
 
 
-# --- one function per operator with size-stating inputs; each returns the inputs it took care of
+# --- one function per operator with size-stating inputs; each returns the inputs whose every entry it made right
 
 
 def _reshape(repair: _Repair, node: ir.Node) -> set[int]:
@@ -116,7 +116,7 @@ def _reshape(repair: _Repair, node: ir.Node) -> set[int]:
     outputs, inputs = repair.dims(node.outputs[0]), repair.input_dims(node, 0)
     contents = repair.analysis.contents.get(node.inputs[1])  # type: ignore[arg-type]
     if outputs is None or inputs is None or contents is None:
-        return {1}
+        return set()
     allow = node.attributes.get("allowzero")
     copies = allow is None or allow.as_int() == 0
     wanted: list[Dim | None] = []
@@ -132,25 +132,25 @@ def _expand(repair: _Repair, node: ir.Node) -> set[int]:
     outputs = repair.dims(node.outputs[0])
     contents = repair.analysis.contents.get(node.inputs[1])  # type: ignore[arg-type]
     if outputs is None or contents is None:
-        return {1}
+        return set()
     repair.editor.rewrite(node, 1, outputs[len(outputs) - contents.size :], marker=1)
     return {1}
 
 
 def _constant_of_shape(repair: _Repair, node: ir.Node) -> set[int]:
     outputs = repair.dims(node.outputs[0])
-    if outputs is not None and node.inputs[0] in repair.analysis.contents:
-        repair.editor.rewrite(node, 0, outputs)
+    if outputs is None or node.inputs[0] not in repair.analysis.contents:
+        return set()
+    repair.editor.rewrite(node, 0, outputs)
     return {0}
 
 
 def _tile(repair: _Repair, node: ir.Node) -> set[int]:
     inputs, outputs = repair.input_dims(node, 0), repair.dims(node.outputs[0])
-    if inputs is not None and outputs is not None and node.inputs[1] in repair.analysis.contents:
-        repeats = [
-            resolve(b)[: len(resolve(b)) - len(resolve(a))] for a, b in zip(inputs, outputs, strict=True)
-        ]
-        repair.editor.rewrite(node, 1, repeats)
+    if inputs is None or outputs is None or node.inputs[1] not in repair.analysis.contents:
+        return set()
+    repeats = [resolve(b)[: len(resolve(b)) - len(resolve(a))] for a, b in zip(inputs, outputs, strict=True)]
+    repair.editor.rewrite(node, 1, repeats)
     return {1}
 
 
@@ -158,11 +158,11 @@ def _split(repair: _Repair, node: ir.Node) -> set[int]:
     dims = repair.input_dims(node, 0)
     parts = [repair.dims(output) for output in node.outputs]
     if dims is None or any(part is None for part in parts):
-        return {1}
+        return set()
     axis = node.attributes["axis"].as_int() % len(dims) if "axis" in node.attributes else 0
     cut = [part[axis] for part in parts if part is not None]
     if not any(repair.differs(part) for part in cut):
-        return {1}
+        return set()
     sizes = [repair.new(part) for part in cut]
     numbers = [size for size in sizes if isinstance(size, int)]
     assert len(numbers) == len(sizes)
@@ -197,7 +197,7 @@ def _split_to_sequence(repair: _Repair, node: ir.Node) -> set[int]:
     parts = repair.analysis.sequences.get(node.outputs[0])
     dims = repair.input_dims(node, 0)
     if parts is None or dims is None or len(node.inputs) < 2:
-        return {1}
+        return set()
     axis = node.attributes["axis"].as_int() % len(dims) if "axis" in node.attributes else 0
     sizes = [repair.new(part[axis]) for part in parts]
     contents = repair.analysis.contents[node.inputs[1]]  # type: ignore[index]
@@ -206,7 +206,7 @@ def _split_to_sequence(repair: _Repair, node: ir.Node) -> set[int]:
         return {1}
     numbers = [size for size in sizes if isinstance(size, int)]
     if not any(repair.differs(part[axis]) for part in parts):
-        return {1}
+        return set()
     # A scalar chunk size serves parts of one size only; a list serves all.
     if numbers == _chunks(sum(numbers), len(numbers)):
         repair.editor.rewrite(node, 1, [parts[0][axis]])
@@ -218,16 +218,15 @@ def _split_to_sequence(repair: _Repair, node: ir.Node) -> set[int]:
 def _slice(repair: _Repair, node: ir.Node) -> set[int]:
     dims, outputs = repair.input_dims(node, 0), repair.dims(node.outputs[0])
     if dims is None or outputs is None or not any(repair.differs(dim) for dim in dims):
-        return {1, 2, 3, 4}
+        return set()
     bounds = _Bounds.read(repair, node, len(dims))
     if bounds is None:
-        return {1, 2, 3, 4}
+        return set()
     starts: list[Size | None] = list(bounds.starts)
     ends: list[Size | None] = list(bounds.ends)
     for position, axis in enumerate(bounds.axes):
         if not repair.differs(dims[axis]):
-            starts[position] = ends[position] = None
-            continue
+            continue  # the bounds keep the source's values, whatever they were computed from
         begin, end, step = bounds.starts[position], bounds.ends[position], bounds.steps[position]
         size = size_of(dims[axis])
         assert isinstance(size, int) and isinstance(begin, int) and isinstance(end, int)
@@ -244,11 +243,10 @@ def _slice(repair: _Repair, node: ir.Node) -> set[int]:
         if slice(begin, end, step).indices(length) == slice(start, stop, step).indices(length) or list(
             range(length)[begin:end:step]
         ) == list(range(length)[start:stop:step]):
-            starts[position] = ends[position] = None
-        else:
-            starts[position], ends[position] = start, stop
+            continue
+        starts[position], ends[position] = start, stop
     bounds.write(repair, node, starts, ends)
-    return {1, 2, 3, 4}
+    return {1, 2}
 
 
 class _Bounds:
@@ -335,8 +333,9 @@ def _gather(repair: _Repair, node: ir.Node) -> set[int]:
 def _resize(repair: _Repair, node: ir.Node) -> set[int]:
     outputs = repair.dims(node.outputs[0])
     sizes = node.inputs[3] if len(node.inputs) > 3 else None
-    if outputs is not None and sizes in repair.analysis.contents:
-        repair.editor.rewrite(node, 3, outputs)
+    if outputs is None or sizes not in repair.analysis.contents:
+        return set()
+    repair.editor.rewrite(node, 3, outputs)
     return {3}
 
 

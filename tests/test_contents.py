@@ -61,7 +61,7 @@ def followed(body: str, constants: str = "", opset: int = 20) -> list[object] | 
         ("q = Equal(t, m) r = Where(q, o, t)", "int64[3] t = {-1, 4, -1}, int64 m = {-1}, int64[3] o = {1,1,1}",
          [1, 4, 1]),
         ("s = Shape(x) q = Equal(s, m) r = Where(q, o, s)", "int64 m = {-1}, int64[4] o = {1, 1, 1, 1}", [B, S, 8, 4]),
-        ("s = Shape(x) q = Greater(s, z) r = Where(q, s, z)", "int64 z = {0}", [B, S, 8, 4]),
+        ("s = Shape(x) q = Greater(s, z) r = Where(q, s, z)", "int64 z = {-1}", [B, S, 8, 4]),
         ("s = Shape<start=2>(x) q = LessOrEqual(s, c) n = Not(q) r = Where(n, s, c)", "int64 c = {5}", [8, 5]),
         ("s = Shape<start=2>(x) k = Cast<to=9>(s) r = Where(k, s, c)", "int64 c = {5}", [8, 4]),
         ("n = Neg(c) r = Abs(n)", "int64[2] c = {3, -4}", [3, 4]),

@@ -118,10 +118,18 @@ class Analysis:
         uses = value.uses()
         # Exporters merge equal vectors of different layers (biases of zeros, norms of ones). Each use of
         # a vector is its own axis, cloned on write; untying a shared matrix would duplicate it instead.
-        if len(uses) > 1 and sum(size > 1 for size in shape) <= 1 and not value.is_graph_output():
+        outside = value.is_graph_output() or self._is_overridable(value)
+        if len(uses) > 1 and sum(size > 1 for size in shape) <= 1 and not outside:
             by_node = {node: [ax.fresh(size) for size in shape] for node, _ in uses}
             self.views.update(((node, index), by_node[node]) for node, index in uses)
-        self.values[value] = [ax.fresh(size) for size in shape]
+        self.values[value] = dims = [ax.fresh(size) for size in shape]
+        if self._is_overridable(value):
+            reason = "a graph input with a default, which callers may replace: take it off the graph inputs"
+            self.pins.extend((dim, Pin(reason, value.name or "")) for dim in dims if dim)
+
+    def _is_overridable(self, value: ir.Value) -> bool:
+        """Before version 4 of the IR all initializers had to be listed as inputs, and none could be replaced."""
+        return value.is_graph_input() and (self.model.ir_version or 0) >= 4
 
     def _enter_input(self, value: ir.Value) -> None:
         if value in self.values:
@@ -194,6 +202,11 @@ class Analysis:
             numbers = [known.evaluate(entry, ax.size_of) for entry in contents.flat]
             if all(isinstance(number, int) for number in numbers) and contents.ndim <= 1:
                 continue
+            # Shape repair cannot tell whether an entry that has no known value is still right.
+            if any(number is None for number in numbers):
+                self._pin_extents(
+                    value, Pin("a size that is computed from it is not known", value.name or "")
+                )
             for node, index in value.uses():
                 followed = any(output in self.contents for output in node.outputs)
                 stated = index in SIZE_INPUTS.get(node.op_type, ()) and not node.domain
@@ -224,18 +237,28 @@ class Analysis:
 
     def _give_up(self, node: ir.Node, reason: str) -> None:
         """Pins every axis that the node touches, those its bodies capture included."""
-        for index in range(len(node.inputs)):
+        for index, value in enumerate(node.inputs):
             self._pin_value(self.input_dims(node, index), reason, node)
-            for element in self.sequences.get(node.inputs[index], []):  # type: ignore[arg-type]
-                self._pin_value(element, reason, node)
+            if value is not None:
+                self._pin_elements(value, reason, node)
         for value in _captured(node):
             self._pin_value(self.values.get(value), f"captured by the body of {node.op_type}", node)
+            self._pin_elements(value, f"captured by the body of {node.op_type}", node)
             if value in self.contents:
                 self._pin_extents(
                     value, Pin(f"its size is captured by the body of {node.op_type}", label(node))
                 )
         for output in node.outputs:
             self.values[output] = self._declared_dims(output, reason, node)
+
+    def _pin_elements(self, value: ir.Value, reason: str, node: ir.Node) -> None:
+        """Pins the elements of a sequence, and the axis along which an index was selected."""
+        for element in self.sequences.get(value, []):
+            self._pin_value(element, reason, node)
+        if value in self.index_of:
+            self.pins.append(
+                (self.index_of[value], Pin(f"an index selected along it: {reason}", label(node)))
+            )
 
     def _pin_value(self, dims: list[Dim] | None, reason: str, node: ir.Node) -> None:
         pin = Pin(reason, label(node))

@@ -121,9 +121,9 @@ def _equal(a: Size, b: Size) -> Size | None:
         return 1
     if isinstance(a, int) and isinstance(b, int):
         return 0
-    # A symbolic extent is positive, so it equals no marker such as -1 or 0.
+    # A symbolic extent may be zero (an empty cache), but it equals no marker such as -1.
     number, other = (a, b) if isinstance(a, int) else (b, a)
-    if isinstance(number, int) and number <= 0 and _is_positive(other):
+    if isinstance(number, int) and number < 0 and _is_extent(other):
         return 0
     return None
 
@@ -131,14 +131,14 @@ def _equal(a: Size, b: Size) -> Size | None:
 def _greater(a: Size, b: Size) -> Size | None:
     if isinstance(a, int) and isinstance(b, int):
         return int(a > b)
-    if isinstance(b, int) and b <= 0 and _is_positive(a):
+    if isinstance(b, int) and b < 0 and _is_extent(a):
         return 1
-    if isinstance(a, int) and a <= 0 and _is_positive(b):
+    if isinstance(a, int) and a <= 0 and _is_extent(b):
         return 0
     return None
 
 
-def _is_positive(size: Size) -> bool:
+def _is_extent(size: Size) -> bool:
     return isinstance(size, Poly) and all(factor > 0 for _, factor in size.terms)
 
 

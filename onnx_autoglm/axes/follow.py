@@ -58,6 +58,11 @@ def _observe(op: Op) -> list[Contents] | None:
     dims = op.analysis.input_dims(op.node, 0)
     if dims is None:
         return None
+    if op.value(0) in op.analysis.contents:  # the rank of a shape is no size of the data
+        sizes = known.constant(np.array(op.analysis.contents[op.value(0)].shape, np.int64))
+        if op.node.op_type == "Size":
+            return [known.constant(np.array(op.analysis.contents[op.value(0)].size))]
+        return [sizes[slice(op.attr_int("start", 0), op.attr_int("end", len(dims)))]]
     if op.node.op_type == "Size":
         return [known.array([Extent(tuple(atom for dim in dims for atom in dim))]).reshape(())]
     start, end = op.attr_int("start", 0), op.attr_int("end", len(dims))
@@ -127,7 +132,7 @@ def _concat(op: Op, inputs: list[Contents]) -> list[Contents]:
 
 def _split(op: Op, inputs: list[Contents]) -> list[Contents] | None:
     data, axis, count = inputs[0], op.attr_int("axis", 0), len(op.node.outputs)
-    sizes = op.integers(1) if op.has(1) else op.attr_ints("split")
+    sizes = op.settled(1) if op.has(1) else op.attr_ints("split")
     if sizes is None:
         chunk = -(-data.shape[axis] // count)
         sizes = [min(chunk, data.shape[axis] - chunk * index) for index in range(count)]
@@ -135,7 +140,7 @@ def _split(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _unsqueeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    axes = op.attr_ints("axes") if len(inputs) == 1 else op.integers(1)
+    axes = op.attr_ints("axes") if len(inputs) == 1 else op.settled(1)
     if axes is None:
         return None
     rank = inputs[0].ndim + len(axes)
@@ -146,12 +151,12 @@ def _unsqueeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _squeeze(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    axes = op.attr_ints("axes") if len(inputs) == 1 else op.integers(1)
+    axes = op.attr_ints("axes") if len(inputs) == 1 else op.settled(1)
     return [_wrap(np.squeeze(inputs[0], None if axes is None else tuple(axes)))]
 
 
 def _reshape(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    target = op.integers(1)
+    target = op.settled(1)
     if target is None:
         return None
     shape = [inputs[0].shape[index] if size == 0 else size for index, size in enumerate(target)]
@@ -159,14 +164,14 @@ def _reshape(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _expand(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    target = op.integers(1)
+    target = op.settled(1)
     if target is None:
         return None
     return [np.broadcast_to(inputs[0], np.broadcast_shapes(inputs[0].shape, tuple(target))).copy()]
 
 
 def _constant_of_shape(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    shape = op.integers(0)
+    shape = op.settled(0)
     attribute = op.node.attributes.get("value")
     fill = 0 if attribute is None else attribute.as_tensor().numpy().reshape(-1)[0]
     is_float = attribute is None or attribute.as_tensor().dtype.is_floating_point()
@@ -176,7 +181,7 @@ def _constant_of_shape(op: Op, inputs: list[Contents]) -> list[Contents] | None:
 
 
 def _range(op: Op, inputs: list[Contents]) -> list[Contents] | None:
-    bounds = [op.integers(index) for index in range(3)]
+    bounds = [op.settled(index) for index in range(3)]
     if any(bound is None for bound in bounds):
         return None
     start, limit, delta = (bound[0] for bound in bounds if bound is not None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.axes import contents as known
 from onnx_autoglm.axes import dims as ax
 from onnx_autoglm.axes.contents import Contents, evaluate
 from onnx_autoglm.axes.dims import Clash, Dim
@@ -77,6 +78,15 @@ class Op:
             return None
         known = [number for number in numbers if isinstance(number, int)]
         return known if len(known) == len(numbers) else None
+
+    def settled(self, index: int) -> list[int] | None:
+        """As `integers`, where they decide what an array of integers holds: their axes are not cut."""
+        numbers = self.integers(index)
+        contents = self.contents(index)
+        if numbers is not None and contents is not None:
+            for dim in known.extents(contents):
+                self.pin(dim, "its size decides what an integer array holds")
+        return numbers
 
     def constant(self, index: int) -> np.ndarray | None:
         """The value of a small constant input of any type."""
@@ -191,9 +201,13 @@ class Op:
         """The attribute `name` equals the size of `dim`."""
         self.analysis.counted.append(CountedAttribute(self.node, name, dim))
 
-    def keeps(self, name: str, dim: Dim, value: float) -> None:
-        """The attribute `name` defaults to a function of `dim` but must keep the source's value."""
-        if name not in self.node.attributes:
+    def keeps(self, name: str, dim: Dim, value: float, unset: float | None = None) -> None:
+        """The attribute `name` defaults to a function of `dim` but must keep the source's value.
+
+        `unset` is a value that means the default, too.
+        """
+        attribute = self.node.attributes.get(name)
+        if attribute is None or attribute.as_float() == unset:
             self.analysis.defaulted.append(DefaultedAttribute(self.node, name, dim, value))
 
     def output(self, dims: list[Dim], index: int = 0) -> None:

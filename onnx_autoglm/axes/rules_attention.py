@@ -89,11 +89,11 @@ def attention(op: Op) -> None:
     op.output([query[0], heads.query, length, total], 3)
 
 
-def _keep_scale(op: Op, heads: Heads) -> None:
+def _keep_scale(op: Op, heads: Heads, unset: float | None = None) -> None:
     """The default scale is 1/sqrt(d) of the source and stays that when channels go."""
     size = ax.size_of(heads.qk)
     if isinstance(size, int):
-        op.keeps("scale", heads.qk, 1.0 / math.sqrt(size))
+        op.keeps("scale", heads.qk, 1.0 / math.sqrt(size), unset)
 
 
 def _cache(op: Op, heads: Heads, past_key: list[Dim], past_value: list[Dim], batch: Dim) -> None:
@@ -196,7 +196,7 @@ def multi_head_attention(op: Op) -> None:
     if op.has(6):
         _cache(op, heads, op.dims(6), op.dims(7), query[0])
     _state_roles(op, heads, (0, 1))
-    _keep_scale(op, heads)
+    _keep_scale(op, heads, unset=0.0)
     op.output([query[0], query[1], heads.kv + heads.v])
     op.output([query[0], heads.kv, total, heads.qk], 1)
     op.output([query[0], heads.kv, total, heads.v], 2)

@@ -9,6 +9,7 @@ from onnx_autoglm.axes.op import Op, Rule, Unknown
 from onnx_autoglm.axes.size import Size, add, exact_div
 
 SPATIAL = "a spatial axis"
+COMPUTED = "convolved with a weight that is computed, where a removed entry would not be zero"
 
 
 def convolution(op: Op) -> None:
@@ -21,7 +22,7 @@ def convolution(op: Op) -> None:
     op.counts("group", groups)
     for dim in (dims[1], weight[0]):
         op.role(dim, Role.CONVOLVED)
-    op.must_be_zero((0, 1), weight[1], "convolved with a weight that is computed, and would not be zero")
+    op.must_be_zero((0, 1), weight[1], COMPUTED)
     if op.is_weight(1) and op.attr_int("group", 1) == 1:
         op.contracts((0, 1 - len(dims)), (1, 1 - len(weight)), dims[1])
     if op.has(2):
@@ -42,6 +43,7 @@ def transposed_convolution(op: Op) -> None:
     channels = groups + weight[1]
     for dim in (dims[1], channels):
         op.role(dim, Role.CONVOLVED)
+    op.must_be_zero((0, 1), dims[1], COMPUTED)
     if op.has(2):
         op.equal(channels, op.dims(2)[0])
     _spatial(op, dims[2:], weight[2:])
@@ -94,8 +96,10 @@ def pool(op: Op) -> None:
     _spatial(op, dims[2:])
     kernel: list[Size] = list(op.attr_ints("kernel_shape") or [])
     result = [*dims[:2], *_shrink(op, dims[2:], kernel)]
-    for index in range(len(op.node.outputs)):
-        op.output(result, index)
+    op.output(result)
+    if len(op.node.outputs) > 1 and (op.node.outputs[1].uses() or op.node.outputs[1].is_graph_output()):
+        op.pin(dims[1], "counted by the flat indices of MaxPool")
+    op.output(result, 1)
 
 
 def global_pool(op: Op) -> None:
@@ -129,7 +133,6 @@ def resize(op: Op) -> None:
 
 RULES: dict[tuple[str, str], Rule] = {
     ("", "Conv"): convolution,
-    ("com.microsoft", "FusedConv"): convolution,
     ("", "ConvTranspose"): transposed_convolution,
     ("", "MaxPool"): pool,
     ("", "AveragePool"): pool,

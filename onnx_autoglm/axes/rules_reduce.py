@@ -20,7 +20,7 @@ SUM = "summed over, where a removed channel would not be zero"
 def _reduced(op: Op) -> tuple[list[Dim], set[int]]:
     dims = op.dims(0)
     axes = op.axes("axes", 1)
-    if axes is None:
+    if not axes:
         axes = [] if op.attr_int("noop_with_empty_axes", 0) else list(range(len(dims)))
     return dims, {axis % len(dims) for axis in axes}
 

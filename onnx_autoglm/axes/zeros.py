@@ -22,7 +22,11 @@ _FIRST = frozenset(
     "Transpose Unsqueeze Gather GatherND GatherElements HardSwish ReduceSum ReduceMean ReduceMax ReduceMin "
     "ReduceL1 ReduceL2 ReduceSumSquare RotaryEmbedding DequantizeLinear QuantizeLinear Trilu CumSum".split()
 )
-_PRODUCTS = frozenset("Mul And MatMul FusedMatMul Einsum Gemm Conv ConvTranspose FusedConv".split())
+_PRODUCTS = frozenset("Mul And MatMul FusedMatMul Einsum Gemm Conv ConvTranspose".split())
+# Through these a stored zero point stays one.
+_MOVES = frozenset(
+    "DequantizeLinear Identity Reshape Transpose Squeeze Unsqueeze Flatten Slice Split Expand Gather Tile".split()
+)
 _ALL = frozenset("Add Sub Sum Max Min Mean Or Xor FastGelu BiasGelu".split())
 _PER_CHANNEL = frozenset(
     "BatchNormalization InstanceNormalization LayerNormalization RMSNormalization GroupNormalization "
@@ -43,6 +47,8 @@ class Zeros:
             return False
         if not self._places(node, index, atom):
             return False
+        if node.op_type not in _MOVES and _is_offset(value):
+            return False  # what was zero is stored as the zero point
         if value.const_value is not None or value.is_initializer():
             return True
         return self._value_is_zero(value, atom)
@@ -130,6 +136,18 @@ def _places(dims: Iterable[Dim], atom: Atom) -> int:
             else:
                 found += factor is atom
     return found
+
+
+def _is_offset(value: ir.Value) -> bool:
+    """Whether a value was quantized with a zero point that is not zero, or not known."""
+    producer = value.producer()
+    while producer is not None and producer.op_type in _MOVES - {"DequantizeLinear"}:
+        given = producer.inputs[0]
+        producer = None if given is None else given.producer()
+    if producer is None or producer.op_type != "QuantizeLinear" or len(producer.inputs) < 3:
+        return False
+    zero = producer.inputs[2]
+    return zero is not None and (zero.const_value is None or bool(zero.const_value.numpy().any()))
 
 
 def _is_positive(exponent: ir.Value | None) -> bool:
