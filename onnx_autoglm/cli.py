@@ -65,6 +65,10 @@ def _option(flag: Flag) -> click.Option:
     kind, default = flag.field.annotation, flag.field.default
     if kind == (bool | None):
         return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
+    if kind is bool:
+        return click.Option(
+            [flag.name, flag.keyword], is_flag=True, help=flag.field.description, default=None
+        )
     if get_origin(kind) is Literal:
         settings["type"] = click.Choice([str(value) for value in get_args(kind)])
     elif get_origin(kind) is tuple or flag.metavar == "KIND=FRACTION":

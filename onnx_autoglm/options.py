@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import UserError
@@ -117,6 +126,106 @@ def parse_fractions(text: str) -> dict[str, float]:
     return result
 
 
+def _fraction_of(text: Any) -> Any:
+    """`2%` and `0.02` are the same."""
+    if isinstance(text, str) and text.strip().endswith("%"):
+        return float(text.strip()[:-1]) / 100
+    return text
+
+
+def _bytes_of(text: Any) -> Any:
+    """`200MB` in bytes; units are those of 1000, or of 1024 with an i (`200MiB`)."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", text) if isinstance(text, str) else None
+    if match is None:
+        return text
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+Share = Annotated[float, BeforeValidator(_fraction_of)]
+
+
+class BudgetOptions(_Options):
+    """A target for the whole model: structures of several kinds and layers compete for what may stay."""
+
+    keep: Annotated[Share | None, Field(gt=0, lt=1)] = Field(
+        default=None,
+        description="Keep this fraction of the parameters of the kinds that compete, chosen jointly over kinds and "
+        "layers by what each cut does to the outputs. Not with --prune.",
+        json_schema_extra=_flag("--keep", "FRACTION"),
+    )
+    flops: Annotated[Share | None, Field(gt=0, lt=1)] = Field(
+        default=None,
+        description="The same for the FLOPs of the whole model: 0.75 keeps three quarters.",
+        json_schema_extra=_flag("--flops", "FRACTION"),
+    )
+    size: Annotated[int | None, BeforeValidator(_bytes_of), Field(gt=0)] = Field(
+        default=None,
+        description="The same for the bytes of all weights, for example 200MB.",
+        json_schema_extra=_flag("--size", "BYTES"),
+    )
+    speedup: Annotated[float | None, Field(gt=1)] = Field(
+        default=None,
+        description="The same for time in ONNX Runtime on this machine: 1.5 is 1.5 times faster. Measured before "
+        "and after; a promise that is missed by more than 5 % is an error.",
+        json_schema_extra=_flag("--speedup", "FACTOR"),
+    )
+    max_loss: Annotated[Share | None, Field(gt=0)] = Field(
+        default=None,
+        description="The most that quality may fall on the evaluation data, for example 2% of perplexity. Alone it "
+        "sets the budget: as much goes as it allows. With another budget it is a limit, and missing it an error.",
+        json_schema_extra=_flag("--max-loss", "FRACTION"),
+    )
+    kinds: tuple[str, ...] = Field(
+        default=(),
+        description="The kinds that compete. By default query-head, ffn-channel, expert-channel and conv-channel, "
+        "where they change no graph input or output.",
+        json_schema_extra=_flag("--kinds", "KIND"),
+    )
+    uniform: bool = Field(
+        default=False,
+        description="Keep the same count in every layer of a kind, for runtimes that need it.",
+    )
+    batch: int = Field(default=1, ge=1, description="Batch at which --speedup measures.")
+    sequence: int = Field(
+        default=128, ge=1, description="Tokens at which --speedup measures: of the prompt, or of the past."
+    )
+    regime: Literal["prefill", "decode"] = Field(
+        default="prefill",
+        description="What --speedup promises to speed up: a prompt, or one more token after a past (KV cache).",
+    )
+
+    @field_validator("kinds", mode="before")
+    @classmethod
+    def _as_kinds(cls, value: Any) -> Any:
+        """Repeated, or comma-separated."""
+        texts = (value,) if isinstance(value, str) else value
+        return tuple(kind.strip() for text in texts for kind in str(text).split(","))
+
+    @field_validator("kinds")
+    @classmethod
+    def _compete(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in value:
+            if kind not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> BudgetOptions:
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one budget, not {' and '.join(given)} (--max-loss may go with it)")
+        return self
+
+    @property
+    def target(self) -> str | None:
+        """Which budget is given; `max_loss` only where it stands alone."""
+        return next((name for name in (*_TARGETS, "max_loss") if getattr(self, name) is not None), None)
+
+
+_TARGETS = ("keep", "flops", "size", "speedup")
+
+
 class DataOptions(_Options):
     """What the choice and the repair may learn from, and what quality is measured on."""
 
@@ -173,6 +282,7 @@ class Options(_Options):
     """Everything that `optimize` can be told."""
 
     pruning: PruningOptions = PruningOptions()
+    budget: BudgetOptions = BudgetOptions()
     data: DataOptions = DataOptions()
     repair: Literal["auto", "affine", "bias", "none"] = Field(
         default="auto",
@@ -181,6 +291,15 @@ class Options(_Options):
     )
     quantize: Literal["none"] = Field(default="none", description="Quantization of the result.")
     check: CheckOptions = CheckOptions()
+
+    @model_validator(mode="after")
+    def _prune_or_budget(self) -> Options:
+        if self.pruning.sparsity_level and self.budget.target not in (None, "max_loss"):
+            raise ValueError(
+                f"--prune fixes how much of each kind goes, --{self.budget.target} chooses it: give one of them"
+            )
+        return self
+
     external_data: bool | None = Field(
         default=None,
         description="Write weights to model.onnx.data. By default above 1 GB, or when the source has such a file.",

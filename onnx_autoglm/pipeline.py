@@ -15,24 +15,35 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
-from onnx_autoglm.axes.structures import Structures
+from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.evidence import Data, Evidence, Repair, score
+from onnx_autoglm.evidence import Data, Evidence, score
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
-from onnx_autoglm.options import DEFAULT_FRACTION, TOLERANCE, Options, collect, matches
+from onnx_autoglm.options import TOLERANCE, Options, collect
 from onnx_autoglm.output import publish, staging
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
-from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose, shortfalls
+from onnx_autoglm.passes.choose import candidates, choose, shortfalls
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
+from onnx_autoglm.targets import (
+    default_budget,
+    fractions_of,
+    has_budget,
+    measurable,
+    methods_of,
+    refuse_loss,
+    refuse_nothing,
+    refuse_the_impossible,
+    refuse_unknown_layers,
+)
 from onnx_autoglm.upcast import needs_upcast, upcast
 
 Progress = Callable[[str], None]
@@ -77,16 +88,18 @@ def optimize(
         canonicalize(source)
         feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
         data = Data.load(source, source_path, options)
-        criterion, repair = _methods(options, data)
+        criterion, repair = methods_of(options, data)
     with clock("infer axes") as effect:
         structures = analyse(source.clone())
         before = figures(source, source_path, count_flops(structures.analysis), nodes)
         before.sha256 = sha256(source_path)
         effect["structures"] = len(structures.found)
-    fractions, asked, notes = _fractions(structures, options)
+    options, notes = default_budget(options, data)
+    fractions, asked, more = fractions_of(structures, options)
+    notes += more
     decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
-    _refuse_unknown_layers(options, structures)
-    _refuse_the_impossible(decisions, fractions, structures, asked=asked)
+    refuse_unknown_layers(options, structures)
+    refuse_the_impossible(decisions, fractions, structures, asked=asked)
     wanted = [decision.structure for decision in decisions if not decision.reason]
     evidence = Evidence(structures, wanted)
     if criterion in ("obs", "flap", "wanda") or repair != "none":
@@ -95,21 +108,36 @@ def optimize(
     with clock("score") as effect:
         scores = score(criterion, wanted, evidence, options.pruning.seed, progress)
         effect["criterion"] = criterion
+        blind = Counter(
+            structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
+        )
         if criterion in ("obs", "flap", "wanda"):
-            blind = [
-                structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
-            ]
-            notes += [
-                f"{n} x {kind} scored by norm: no consumer to observe" for kind, n in Counter(blind).items()
-            ]
+            notes += [f"{n} x {kind} scored by norm: no consumer to observe" for kind, n in blind.items()]
+    outcome: Outcome | None = None
     with clock("choose") as effect:
-        selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
+        if has_budget(options):
+            if data.calibration is None:
+                notes.append(
+                    "no calibration data: layers and kinds were compared by their normalised scores alone, not by "
+                    "what their cuts do to the outputs"
+                )
+            else:
+                scores = measurable(decisions, scores, evidence)
+            spender = Spender(structures, scores, evidence, data, source, options, repair, progress)
+            outcome = spender.spend()
+            selection = spender.selection(outcome.counts)
+            for decision in decisions:
+                if not decision.reason:
+                    decision.settle(outcome.counts[decision.structure], "the budget leaves all of it")
+            del spender
+        else:
+            selection, _ = choose(structures.found, scores, fractions, options.pruning, decisions)
+            missed = shortfalls(decisions, fractions, options.pruning)
+            if missed and asked:
+                raise UserError("\n".join(missed))
+            notes += missed
         effect["cut"] = len(selection.kept)
-        missed = shortfalls(decisions, fractions, options.pruning)
-        if missed and asked:
-            raise UserError("\n".join(missed))
-        notes += missed
-        _refuse_nothing(decisions)
+        refuse_nothing(decisions)
         changed = {name for d in decisions if d.keep < d.structure.size for name in d.structure.interface}
         if changed:
             notes.append(
@@ -180,6 +208,7 @@ def optimize(
         if data.evaluation is not None:
             with clock("quality"):
                 quality = data.compare(modelfile.open_model(source_path), pruned, progress)
+                refuse_loss(quality, options)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
@@ -189,6 +218,8 @@ def optimize(
             check=proof_json(proof),
             repair={"method": repair, "consumers": repaired, "calibration": data.described()},
             quality=quality,
+            budget={} if outcome is None else outcome.report,
+            latency={} if outcome is None or outcome.latency is None else outcome.latency,
             options={**options.model_dump(mode="json"), "fractions": fractions},
             versions=versions(),
             notes=list(dict.fromkeys(notes)),
@@ -246,73 +277,6 @@ def check(
     proof = check_masked(model, recipe, result, feeds=feeds, tolerance=tolerance, step=progress)
     _refuse_failure(proof)
     return proof
-
-
-# --- what to cut
-
-
-def _fractions(structures: Structures, options: Options) -> tuple[dict[str, float], bool, list[str]]:
-    wanted = options.pruning.sparsity_level
-    if isinstance(wanted, dict) and wanted:
-        return dict(wanted), True, []
-    fraction = wanted if isinstance(wanted, float) else DEFAULT_FRACTION
-    found = {structure.kind for structure in structures.found if not structure.pins}
-    usual: list[str] = ["query-head", "ffn-channel"]
-    kinds = [kind for kind in usual if kind in found]
-    if not kinds and "conv-channel" in found:
-        kinds.append("conv-channel")
-    what = " and ".join(f"{kind}s" for kind in kinds)
-    share = "a quarter" if fraction == DEFAULT_FRACTION else f"{fraction:.0%}"
-    note = f"no kinds given: removing {share} of the {what}, as near as their counts allow"
-    return dict.fromkeys(kinds, fraction), False, [note]
-
-
-def _refuse_unknown_layers(options: Options, structures: Structures) -> None:
-    names = [structure.id for structure in structures.found]
-    for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
-        if not any(matches(name, (glob,)) for name in names):
-            raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
-
-
-def _refuse_the_impossible(
-    decisions: list[Decision], fractions: dict[str, float], structures: Structures, *, asked: bool
-) -> None:
-    """Raises UserError if nothing can be cut, or nothing of a kind that the user asked for."""
-    if not fractions:
-        raise UserError("nothing in this model can be pruned: onnx-autoglm inspect shows every reason")
-    if all(decision.reason for decision in decisions) and decisions:
-        first = decisions[0]
-        raise UserError(f"nothing can be removed: {first.structure.id}: {first.reason}")
-    for kind in fractions if asked else ():
-        row = [decision for decision in decisions if decision.structure.kind == kind]
-        if not row:
-            present = sorted({s.kind for s in structures.found if s.kind != "other"}) or ["none"]
-            lost = [f"{s.id}: {s.pins[0]}" for s in structures.found if s.kind == "other"][:2]
-            why = f"; lost from sight: {'; '.join(lost)}" if lost else ""
-            raise UserError(f"this model has no {kind}; it has {', '.join(present)}{why}")
-        if all(decision.reason and decision.reason not in BY_CHOICE for decision in row):
-            raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
-
-
-def _refuse_nothing(decisions: list[Decision]) -> None:
-    if all(decision.keep == decision.structure.size for decision in decisions):
-        first = next(decision for decision in decisions)
-        raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
-
-
-def _methods(options: Options, data: Data) -> tuple[str, Repair]:
-    """The criterion and the repair that `auto` comes to. Raises UserError if one needs data that is not there."""
-    given = data.calibration is not None
-    criterion = options.pruning.algorithm
-    if criterion == "auto":
-        criterion = "obs" if given else "l2"
-    repair: Repair = "affine" if given else "none"
-    if options.repair != "auto":
-        repair = options.repair
-    if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
-        what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
-        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
-    return criterion, repair
 
 
 # --- files

@@ -30,7 +30,7 @@ def measure(model: ir.Model, data: Dataset, step: Callable[[str], None] = lambda
 
     Raises UserError if the data is no text or the model has no such output.
     """
-    output = _scores(model)
+    output = scores_output(model)
     if data.token_input is None or output is None:
         raise UserError("quality is measured as perplexity: pass a text, and a model with next-token scores")
     session = Session(upcast(model) if needs_upcast(model) else model, optimize=True)
@@ -48,6 +48,7 @@ def measure(model: ir.Model, data: Dataset, step: Callable[[str], None] = lambda
     return Quality(math.exp(min(total / max(count, 1), 700.0)), count)
 
 
-def _scores(model: ir.Model) -> str | None:
+def scores_output(model: ir.Model) -> str | None:
+    """The output of next-token scores `[batch, sequence, vocabulary]`: the first of rank 3."""
     outputs = [value for value in model.graph.outputs if value.shape is not None and len(value.shape) == 3]
     return outputs[0].name if outputs else None

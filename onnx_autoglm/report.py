@@ -143,6 +143,8 @@ class Report:
     check: dict[str, Any]
     repair: dict[str, Any]
     quality: dict[str, Any]
+    budget: dict[str, Any]
+    latency: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
     notes: list[str]
@@ -178,6 +180,8 @@ class Report:
         self._print_left_alone(console)
         for note in self.notes:
             console.print(f"note: {note}", highlight=False, markup=False)
+        for line in self._lines():
+            console.print(line, highlight=False, markup=False)
         if self.quality:
             before, after = self.quality["source"], self.quality["result"]
             console.print(
@@ -191,6 +195,25 @@ class Report:
             f"the cut itself moves the outputs by {self.check['effect']:.1e}",
             highlight=False,
         )
+
+    def _lines(self) -> list[str]:
+        """What came of the budget, of the clock, and of configuration fields."""
+        lines = []
+        if self.budget:
+            target, wanted, reached = (self.budget[name] for name in ("target", "wanted", "reached"))
+            lines.append(f"budget {target}: asked for {wanted:.6g}, reached {reached:.6g}")
+            if "config" in self.budget:
+                fields = ", ".join(f"{name}={value}" for name, value in self.budget["config"].items())
+                lines.append(f"configuration of the result: {fields}")
+        if self.latency:
+            how = (
+                f"{self.latency['regime']}, batch {self.latency['batch']}, {self.latency['sequence']} tokens"
+            )
+            lines.append(
+                f"time per run ({how}): {self.latency['source_ms']:.1f} -> {self.latency['result_ms']:.1f} ms "
+                f"(x{self.latency['speedup']:.2f} faster)"
+            )
+        return lines
 
     def _print_left_alone(self, console: Console) -> None:
         reasons: Counter[tuple[str, str]] = Counter()

@@ -13,6 +13,7 @@ from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure
 from onnx_autoglm.kinds import ALIGNED
 from onnx_autoglm.options import PruningOptions, matches
+from onnx_autoglm.passes.ladder import Ladder, keep_best
 from onnx_autoglm.passes.score_norm import Scores
 
 # Reasons that are the user's own choice rather than the model's.
@@ -27,6 +28,11 @@ class Decision:
     keep: int
     reason: str = ""
     counted: bool = False  # it took part in the choice, whatever came of it
+
+    def settle(self, keep: int, why_all: str) -> None:
+        """Sets the count; `why_all` is the reason if that is all of them."""
+        self.keep, self.counted = keep, True
+        self.reason = why_all if keep == self.structure.size else ""
 
 
 def candidates(
@@ -160,60 +166,30 @@ def _spend(row: list[_Layer], budget: float) -> None:
             heapq.heappush(queue, (layer.next_score(), index))
 
 
-class _Layer:
-    """One structure while its count is being decided."""
+class _Layer(Ladder):
+    """A ladder with the decision that it comes to."""
 
     def __init__(self, decision: Decision, scores: Scores, options: PruningOptions) -> None:
-        self.decision = decision
-        self.structure = decision.structure
-        self.tile = options.align if self.structure.kind in ALIGNED else 1
-        self.floor = min(max(self.structure.floor, options.min_keep, self.tile), self.structure.size)
+        super().__init__(decision.structure, scores, options, how=options.normalize)
+        self.decision, self.scores = decision, scores
         self.keep = self.structure.size
         self.cost = self.structure.cost * self.structure.groups
-        self.scores = scores
-        ascending = np.sort(scores.reshape(-1, self.structure.size), axis=-1)
-        self.ladder = _normalise(ascending, options.normalize).mean(axis=0)
 
     @property
     def parameters(self) -> float:
         return self.cost * self.structure.size
 
-    def rounded_up(self, count: int) -> int:
-        return min(max(-(-count // self.tile) * self.tile, self.floor), self.structure.size)
-
     def next_keep(self) -> int | None:
-        """The next smaller count that is aligned and above the floor."""
-        following = (self.keep - 1) // self.tile * self.tile
-        return following if following >= self.floor else None
+        return self.step_below(self.keep)
 
     def next_score(self) -> float:
         """The mean score of the indices that the next step would remove."""
         following = self.next_keep()
         assert following is not None
-        size = self.structure.size
-        return float(self.ladder[size - self.keep : size - following].mean())
+        return self.error(self.keep, following) / (self.keep - following)
 
     def select(self, selection: Selection) -> None:
-        structure = self.structure
-        self.decision.keep, self.decision.counted = self.keep, True
-        if self.keep == structure.size:
-            self.decision.reason = (
-                f"the fraction leaves all {structure.size} (floor {self.floor}, tile {self.tile})"
-            )
-            return
-        order = np.argsort(-self.scores, axis=-1, kind="stable")
-        mask = np.zeros(self.scores.shape, dtype=bool)
-        np.put_along_axis(mask, order[..., : self.keep], True, axis=-1)
-        selection.keep(structure.atom, structure.outers, mask)
-
-
-def _normalise(scores: Scores, how: str) -> Scores:
-    """Makes the scores of one layer comparable with others; formulas as in DepGraph."""
-    tiny = float(np.finfo(np.float64).tiny)
-    if how == "mean":
-        return scores / max(float(scores.mean()), tiny)
-    if how == "max":
-        return scores / max(float(scores.max()), tiny)
-    if how == "z-score":
-        return (scores - scores.mean()) / max(float(scores.std()), tiny)
-    return scores
+        self.decision.settle(
+            self.keep, f"the fraction leaves all {self.structure.size} (floor {self.floor}, tile {self.tile})"
+        )
+        keep_best(selection, self.structure, self.scores, self.keep)

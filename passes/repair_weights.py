@@ -8,7 +8,7 @@ compensation is the case A = 0). lambda is chosen on held-out rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,19 +61,13 @@ def repair_weights(
         name = next(output.name for output in contraction.node.outputs)
         step(f"repair {name}")
         tensor = consumer.initializer.const_value
-        reason = _why_not(consumer, tensor, mode)
-        if reason or not isinstance(tensor, SlicedTensor):
-            done.append({"consumer": name, "repaired": False, "reason": reason})
-            continue
         kept, _ = selection.indices([contraction.dim], 0)
-        seen = observed[key_of(contraction)]
-        if contraction.node.op_type == "Conv" and _pads(contraction.node):
-            # Padding is zero, not the mean: without centring no constant is needed, inside or at the border.
-            seen = Observed(seen.fitted.uncentred(), seen.held_out.uncentred())
-        fit = _fit(as_rows(tensor.source, consumer.axis), kept, seen, mode)
-        if fit is None:
-            reason = "no refit was better than none on held-out data"
-            done.append({"consumer": name, "repaired": False, "reason": reason})
+        source = tensor.source if isinstance(tensor, SlicedTensor) else tensor
+        reason = _why_not_cut(consumer, tensor)
+        assert source is not None
+        fit = reason or refit(consumer, source, kept, observed, mode)
+        if isinstance(fit, str) or not isinstance(tensor, SlicedTensor):
+            done.append({"consumer": name, "repaired": False, "reason": fit})
             continue
         _write(graph, consumer, tensor, fit)
         entry = {
@@ -87,9 +81,34 @@ def repair_weights(
     return done
 
 
-def _why_not(consumer: Consumer, tensor: ir.TensorProtocol | None, mode: str) -> str:
-    """Why a consumer is left as it is, or an empty string."""
-    contraction = consumer.contraction
+def refit(
+    consumer: Consumer,
+    source: ir.TensorProtocol,
+    kept: Indices,
+    observed: Mapping[Key, Observed],
+    mode: Literal["affine", "bias"],
+    strengths: Sequence[float] = LAMBDAS,
+) -> Fit | str:
+    """The best refit of a consumer for the kept indices of what it contracts, or why there is none.
+
+    Args:
+        source: the whole weight.
+        strengths: ridge strengths to choose from, relative to the mean variance.
+    """
+    reason = why_no_refit(consumer, mode)
+    if reason:
+        return reason
+    seen = observed[key_of(consumer.contraction)]
+    if consumer.contraction.node.op_type == "Conv" and _pads(consumer.contraction.node):
+        # Padding is zero, not the mean: without centring no constant is needed, inside or at the border.
+        seen = Observed(seen.fitted.uncentred(), seen.held_out.uncentred())
+    fit = _fit(as_rows(source, consumer.axis), kept, seen, mode, strengths)
+    return "no refit was better than none on held-out data" if fit is None else fit
+
+
+def why_no_refit(consumer: Consumer, mode: str) -> str:
+    """Why a consumer can never be refitted, or an empty string."""
+    contraction, tensor = consumer.contraction, consumer.initializer.const_value
     node = contraction.node
     if node.domain not in ("", "com.microsoft") or node.op_type not in (
         "MatMul",
@@ -100,18 +119,23 @@ def _why_not(consumer: Consumer, tensor: ir.TensorProtocol | None, mode: str) ->
         return f"no refit is defined for {node.op_type}"
     if _is_shared(consumer):
         return "its weight has other consumers"
-    if not isinstance(tensor, SlicedTensor) or consumer.axis not in tensor.kept:
-        return "its weight was not cut along what it contracts"
-    if tensor.outer:
-        return "its selection varies along another axis of the weight"
     if node.op_type == "Conv":
         return (
             "it pads, so that the mean it would add differs at the border"
             if mode == "bias" and _pads(node)
             else ""
         )
-    if contraction.weight != 1 or len(tensor.shape) != 2:
+    if contraction.weight != 1 or tensor is None or len(tensor.shape) != 2:
         return "its weight is not a matrix on the right"
+    return ""
+
+
+def _why_not_cut(consumer: Consumer, tensor: ir.TensorProtocol | None) -> str:
+    """Why the way in which a weight was cut leaves nothing to refit, or an empty string."""
+    if not isinstance(tensor, SlicedTensor) or consumer.axis not in tensor.kept:
+        return "its weight was not cut along what it contracts"
+    if tensor.outer:
+        return "its selection varies along another axis of the weight"
     return ""
 
 
@@ -133,15 +157,19 @@ def _pads(node: ir.Node) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Fit:
+class Fit:
+    """A refitted weight and how good it is on held-out rows, relative to the variance of the output."""
+
     rows: Weight  # [kept, outputs]
-    shift: Weight  # [outputs], the constant to add
+    shift: Weight  # [outputs], what to add
     strength: float | None
-    error: float  # held-out, relative to the variance of the output
-    before: float  # the same without repair
+    error: float
+    before: float  # the error without repair
 
 
-def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit | None:
+def _fit(
+    weight: Weight, kept: Indices, observed: Observed, mode: str, strengths: Sequence[float]
+) -> Fit | None:
     """The best refit on held-out rows, fitted again on all; None if leaving the weight alone is best."""
     removed = np.setdiff1d(np.arange(len(weight)), kept)
     gone = weight[removed]
@@ -151,7 +179,7 @@ def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit |
     nothing = np.zeros((len(removed), len(kept)))
     before = _held_out_error(observed.held_out, nothing, np.zeros(len(removed)), kept, removed, gone)
     best: tuple[float, float | None] = (np.inf, None)
-    for strength in LAMBDAS if mode == "affine" else ():
+    for strength in strengths if mode == "affine" else ():
         matrix, shift = _regression(observed.fitted, kept, removed, strength)
         error = _held_out_error(observed.held_out, matrix, shift, kept, removed, gone)
         best = min(best, (error, strength), key=lambda item: item[0])
@@ -165,7 +193,7 @@ def _fit(weight: Weight, kept: Indices, observed: Observed, mode: str) -> _Fit |
         matrix, shift = nothing, observed.all.mean[removed]
     else:
         matrix, shift = _regression(observed.all, kept, removed, best[1])
-    return _Fit(weight[kept] + matrix.T @ gone, shift @ gone, best[1], best[0] / output, before / output)
+    return Fit(weight[kept] + matrix.T @ gone, shift @ gone, best[1], best[0] / output, before / output)
 
 
 def _regression(moments: Moments, kept: Indices, removed: Indices, strength: float) -> tuple[Weight, Weight]:
@@ -191,7 +219,7 @@ def _held_out_error(
     return float(np.einsum("ko,kl,lo->", gone, spread, gone, optimize=True))
 
 
-def _write(graph: ir.Graph, consumer: Consumer, tensor: SlicedTensor, fit: _Fit) -> None:
+def _write(graph: ir.Graph, consumer: Consumer, tensor: SlicedTensor, fit: Fit) -> None:
     """Puts the new rows into the initializer, other cut axes cut as before, and the shift into a bias."""
     source, axis = tensor.source, consumer.axis
     shape = list(source.shape.numpy())
@@ -205,18 +233,24 @@ def _write(graph: ir.Graph, consumer: Consumer, tensor: SlicedTensor, fit: _Fit)
     consumer.initializer.const_value = ir.Tensor(
         np.ascontiguousarray(array).astype(source.dtype.numpy()), dtype=source.dtype, name=tensor.name
     )
-    # A convolution adds its constant at every position of the kernel, a Gemm scales what it adds.
-    alpha = consumer.contraction.node.attributes.get_float("alpha", 1.0)
-    shift = alpha * shift.reshape(len(shift), -1).sum(axis=1)
-    _add_bias(graph, consumer, shift, source.dtype)
+    _add_bias(graph, consumer, per_output(consumer, shift), source.dtype)
+
+
+def per_output(consumer: Consumer, shift: Weight) -> Weight:
+    """What a constant at the consumer's input adds to its output, given its shift `[outputs, *kernel]`.
+
+    A convolution adds it at every position of the kernel, a Gemm scales it.
+    """
+    node = consumer.contraction.node
+    total = node.attributes.get_float("alpha", 1.0) * shift.reshape(len(shift), -1).sum(axis=1)
+    tensor = consumer.initializer.const_value
+    assert tensor is not None
+    return total.reshape(-1, *([1] * (len(tensor.shape) - 2))) if node.op_type == "Conv" else total
 
 
 def _add_bias(graph: ir.Graph, consumer: Consumer, shift: Weight, dtype: ir.DataType) -> None:
     node = consumer.contraction.node
     output = node.outputs[0]
-    if node.op_type == "Conv":
-        rank = len(output.shape) if output.shape is not None else 4
-        shift = shift.reshape(-1, *([1] * (rank - 2)))
     name = f"{output.name}_shift"
     while name in graph.initializers:
         name += "_"

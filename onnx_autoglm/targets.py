@@ -1,0 +1,117 @@
+"""What a run is asked to cut, and everything that makes that impossible."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnx_autoglm.axes.structures import Structure, Structures
+from onnx_autoglm.budget import USUAL_KINDS
+from onnx_autoglm.consumers import consumers_of
+from onnx_autoglm.errors import UserError
+from onnx_autoglm.evidence import Data, Evidence, Repair
+from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
+from onnx_autoglm.passes.choose import BY_CHOICE, Decision
+from onnx_autoglm.passes.score_norm import Scores
+
+
+def has_budget(options: Options) -> bool:
+    return options.budget.target is not None and not options.pruning.sparsity_level
+
+
+def default_budget(options: Options, data: Data) -> tuple[Options, list[str]]:
+    """Without any target a quarter goes: with data, where it costs least."""
+    if options.pruning.sparsity_level or options.budget.target or data.calibration is None:
+        return options, []
+    budget = options.budget.model_copy(update={"keep": 1 - DEFAULT_FRACTION})
+    note = "no target given: removing a quarter of the parameters of heads and channels, where it costs least"
+    return options.model_copy(update={"budget": budget}), [note]
+
+
+def measurable(
+    decisions: list[Decision], scores: dict[Structure, Scores], evidence: Evidence
+) -> dict[Structure, Scores]:
+    """The scores of structures whose loss a trial can measure; the others are out of the competition."""
+    for decision in decisions:
+        if not decision.reason and not consumers_of(decision.structure, evidence.consumers):
+            decision.reason = "its loss cannot be measured: no weight contracts it; name it with --prune"
+    wanted = {decision.structure for decision in decisions if not decision.reason}
+    if not wanted:
+        raise UserError(f"nothing can compete for a budget: {decisions[0].reason}")
+    return {structure: own for structure, own in scores.items() if structure in wanted}
+
+
+def refuse_loss(quality: dict[str, Any], options: Options) -> None:
+    limit = options.budget.max_loss
+    if limit is not None and quality["ratio"] - 1 > limit:
+        raise UserError(
+            f"--max-loss {limit:.2%} is exceeded: the loss is {quality['ratio'] - 1:.2%} on the evaluation data; "
+            "nothing was written; ask for a smaller cut, or allow more"
+        )
+
+
+def fractions_of(structures: Structures, options: Options) -> tuple[dict[str, float], bool, list[str]]:
+    wanted = options.pruning.sparsity_level
+    if has_budget(options):
+        present = {structure.kind for structure in structures.found if not structure.pins}
+        kinds = options.budget.kinds or tuple(kind for kind in USUAL_KINDS if kind in present)
+        return dict.fromkeys(kinds, 0.0), bool(options.budget.kinds), []
+    if isinstance(wanted, dict) and wanted:
+        return dict(wanted), True, []
+    fraction = wanted if isinstance(wanted, float) else DEFAULT_FRACTION
+    found = {structure.kind for structure in structures.found if not structure.pins}
+    usual: list[str] = ["query-head", "ffn-channel"]
+    names = [kind for kind in usual if kind in found]
+    if not names and "conv-channel" in found:
+        names.append("conv-channel")
+    what = " and ".join(f"{kind}s" for kind in names)
+    share = "a quarter" if fraction == DEFAULT_FRACTION else f"{fraction:.0%}"
+    note = f"no kinds given: removing {share} of the {what}, as near as their counts allow"
+    return dict.fromkeys(names, fraction), False, [note]
+
+
+def refuse_unknown_layers(options: Options, structures: Structures) -> None:
+    names = [structure.id for structure in structures.found]
+    for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
+        if not any(matches(name, (glob,)) for name in names):
+            raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
+
+
+def refuse_the_impossible(
+    decisions: list[Decision], fractions: dict[str, float], structures: Structures, *, asked: bool
+) -> None:
+    """Raises UserError if nothing can be cut, or nothing of a kind that the user asked for."""
+    if not fractions:
+        raise UserError("nothing in this model can be pruned: onnx-autoglm inspect shows every reason")
+    if all(decision.reason for decision in decisions) and decisions:
+        first = decisions[0]
+        raise UserError(f"nothing can be removed: {first.structure.id}: {first.reason}")
+    for kind in fractions if asked else ():
+        row = [decision for decision in decisions if decision.structure.kind == kind]
+        if not row:
+            present = sorted({s.kind for s in structures.found if s.kind != "other"}) or ["none"]
+            lost = [f"{s.id}: {s.pins[0]}" for s in structures.found if s.kind == "other"][:2]
+            why = f"; lost from sight: {'; '.join(lost)}" if lost else ""
+            raise UserError(f"this model has no {kind}; it has {', '.join(present)}{why}")
+        if all(decision.reason and decision.reason not in BY_CHOICE for decision in row):
+            raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
+
+
+def refuse_nothing(decisions: list[Decision]) -> None:
+    if all(decision.keep == decision.structure.size for decision in decisions):
+        first = next(decision for decision in decisions)
+        raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
+
+
+def methods_of(options: Options, data: Data) -> tuple[str, Repair]:
+    """The criterion and the repair that `auto` comes to. Raises UserError if one needs data that is not there."""
+    given = data.calibration is not None
+    criterion = options.pruning.algorithm
+    if criterion == "auto":
+        criterion = "obs" if given else "l2"
+    repair: Repair = "affine" if given else "none"
+    if options.repair != "auto":
+        repair = options.repair
+    if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
+        what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
+    return criterion, repair
