@@ -174,7 +174,12 @@ def optimize(
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
-                quality = data.compare(modelfile.open_model(source_path), pruned, progress)
+                quality = data.compare(
+                    modelfile.open_model(source_path),
+                    pruned,
+                    progress,
+                    lambda feed: cut_arrays(feed, plan.interfaces),
+                )
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
@@ -306,7 +311,7 @@ def _methods(options: Options, data: Data) -> tuple[str, Repair]:
         repair = options.repair
     if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
         what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
-        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images)")
     return criterion, repair
 
 
