@@ -7,16 +7,30 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from onnx_autoglm.evaluate import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
     from onnx_autoglm.report import Inspection, Report
 
     __version__: str
 
-__all__ = ["CheckFailed", "Inspection", "Options", "Report", "UserError", "check", "inspect", "optimize"]
+__all__ = [
+    "CheckFailed",
+    "Evaluation",
+    "Inspection",
+    "Options",
+    "Report",
+    "UserError",
+    "check",
+    "evaluate",
+    "inspect",
+    "optimize",
+]
 
 _HOMES = {
     "check": "onnx_autoglm.pipeline",
+    "evaluate": "onnx_autoglm.evaluate",
+    "Evaluation": "onnx_autoglm.evaluate",
     "inspect": "onnx_autoglm.pipeline",
     "optimize": "onnx_autoglm.pipeline",
     "Options": "onnx_autoglm.options",

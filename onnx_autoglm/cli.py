@@ -53,6 +53,7 @@ def cli() -> None:
     onnx-autoglm inspect model.onnx            what can be cut, and what cannot, and why
     onnx-autoglm optimize model.onnx -o out    a smaller model, a plan and a report
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
+    onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
     """
 
 
@@ -149,6 +150,60 @@ def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance
         click.echo(
             f"masked == pruned: worst relative difference {proof.difference.relative:.1e} (limit {tolerance:.0e})"
         )
+
+
+@cli.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A text, .npz samples with an array 'labels', images in one folder per class, ... (as optimize --eval).",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Compare with this model (the source of a pruned one): agreement and KL(reference || model).",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json for texts. By default the one beside MODEL, or beside the reference.",
+)
+@click.option("--preprocess", metavar="KEY=VALUE,...", help="How images become inputs (see optimize --help).")
+@click.option("--tokens", type=int, default=16384, show_default=True, help="Use at most this many tokens.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per run of the model.")
+@click.option(
+    "--generate",
+    type=int,
+    metavar="N",
+    help="Also continue prompts (the first half of a window) by N tokens, greedily, and score that: BLEU-4, ROUGE-L.",
+)
+@click.option("--prompts", type=int, default=16, show_default=True, help="Continue at most this many.")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON instead of a table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure the quality of MODEL on data, alone or beside a reference. Writes no files.
+
+    Language models: perplexity and the share of next tokens ranked first. Classifiers: top-1 and top-5. With
+    --reference also how often both rank the same first, and KL(reference || model) per position in nats; this
+    alone needs no labels.
+
+    \b
+    Examples:
+      onnx-autoglm eval model.onnx --data text.txt
+      onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx --json
+      onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx --generate 64
+      onnx-autoglm eval resnet.onnx --data val/ --preprocess size=256,crop=224,mean=0.485:0.456:0.406,std=0.225
+    """
+    from onnx_autoglm.evaluate import evaluate as run
+
+    with _progress(quiet) as progress:
+        found = run(model, **given, progress=progress)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
+    else:
+        found.print(_console(sys.stdout))
 
 
 def _console(file: Any) -> Any:

@@ -99,12 +99,12 @@ class Inspection:
                 console.print(f"  {line}", highlight=False, markup=False)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
@@ -151,7 +151,7 @@ class Report:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(_finite(self.as_json()), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite(self.as_json()), indent=1, allow_nan=False) + "\n")
 
     def print(self, console: Console) -> None:
         """Writes the closing tables."""
