@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
     from onnx_autoglm.report import Inspection, Report
+    from onnx_autoglm.sweep import sweep
+    from onnx_autoglm.sweep_table import Sweep
 
     __version__: str
 
@@ -20,11 +22,13 @@ __all__ = [
     "Inspection",
     "Options",
     "Report",
+    "Sweep",
     "UserError",
     "check",
     "evaluate",
     "inspect",
     "optimize",
+    "sweep",
 ]
 
 _HOMES = {
@@ -36,6 +40,8 @@ _HOMES = {
     "Options": "onnx_autoglm.options",
     "Inspection": "onnx_autoglm.report",
     "Report": "onnx_autoglm.report",
+    "Sweep": "onnx_autoglm.sweep_table",
+    "sweep": "onnx_autoglm.sweep",
 }
 
 

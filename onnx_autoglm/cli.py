@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ def cli() -> None:
     onnx-autoglm optimize model.onnx -o out    a smaller model, a plan and a report
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
     onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
+    onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
     """
 
 
@@ -204,6 +206,75 @@ def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
         click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
         found.print(_console(sys.stdout))
+
+
+class _Sweep(click.Command):
+    """Lets `--keep 0.9 0.8 0.7` take several values after one flag, which click's options cannot."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        in_keep = False
+        for word in args:
+            in_keep = word == "--keep" or (in_keep and _is_numbers(word))
+            if in_keep and word != "--keep" and words[-1] != "--keep":
+                words.append("--keep")
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def _is_numbers(word: str) -> bool:
+    return all(re.fullmatch(r"\d*\.?\d+", part) for part in word.split(","))
+
+
+@cli.command(cls=_Sweep, params=[_option(flag) for flag in flags() if flag.keyword != "keep"])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="FRACTION...",
+    help="Values of optimize --keep, after one flag (0.9 0.8 0.7) or comma-separated.",
+)
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="OPTION=V1,V2,...",
+    help="Values of any option of optimize; a plus joins parts of one value. Repeatable: all combinations are run.",
+)
+@click.option("--jobs", type=int, default=1, show_default=True, help="Points to prune at the same time.")
+@click.option(
+    "--latency-runs", type=int, default=10, show_default=True, help="Timed runs of each model; 0 for none."
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file with options that all points share."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def sweep(
+    model: Path, output: Path, keep: tuple[str, ...], vary: tuple[str, ...], quiet: bool, **given: Any
+) -> None:
+    """Run optimize on MODEL at several points and collect a table: size, FLOPs, quality, latency, time.
+
+    Writes sweep.csv, sweep.json and sweep.png (with matplotlib) into the output folder, and each point into a folder
+    of its own (keep-0.80/). Run it again to go on where it stopped: a point with the same source, data, options and
+    version is not run again. All options of optimize are options here.
+
+    \b
+    Examples:
+      onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt --calib other.txt
+      onnx-autoglm sweep model.onnx -o out --vary prune=ffn-channel=0.1,ffn-channel=0.2,ffn-channel=0.3
+      onnx-autoglm sweep model.onnx -o out --vary prune=ffn-channel=0.2,ffn-channel=0.2+query-head=0.1
+      onnx-autoglm sweep model.onnx -o out --prune ffn-channel=0.2 --vary criterion=l2,wanda,obs --calib text.txt
+    """
+    from onnx_autoglm.sweep import sweep as run
+    from onnx_autoglm.sweep_points import parse_vary
+
+    levels = [part for word in keep for part in word.split(",")]
+    given["prune"] = ",".join(given["prune"])
+    with _progress(quiet) as progress:
+        found = run(model, output, keep=levels, vary=parse_vary(vary), progress=progress, **given)
+    if not quiet:
+        found.print(_console(sys.stdout))
+        click.echo(f"written to {output}")
 
 
 def _console(file: Any) -> Any:
