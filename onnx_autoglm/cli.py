@@ -198,7 +198,7 @@ def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
       onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx --generate 64
       onnx-autoglm eval resnet.onnx --data val/ --preprocess size=256,crop=224,mean=0.485:0.456:0.406,std=0.225
     """
-    from onnx_autoglm.evaluate import evaluate as run
+    from onnx_autoglm.evaluation import evaluate as run
 
     with _progress(quiet) as progress:
         found = run(model, **given, progress=progress)
@@ -265,8 +265,8 @@ def sweep(
       onnx-autoglm sweep model.onnx -o out --vary prune=ffn-channel=0.2,ffn-channel=0.2+query-head=0.1
       onnx-autoglm sweep model.onnx -o out --prune ffn-channel=0.2 --vary criterion=l2,wanda,obs --calib text.txt
     """
-    from onnx_autoglm.sweep import sweep as run
     from onnx_autoglm.sweep_points import parse_vary
+    from onnx_autoglm.sweep_run import sweep as run
 
     levels = [part for word in keep for part in word.split(",")]
     given["prune"] = ",".join(given["prune"])

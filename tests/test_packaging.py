@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,13 @@ def test_every_sub_package_is_listed():
     listed = {Path(package.replace(".", "/")) for package in setup["packages"]}
     assert listed == folders | {Path("onnx_autoglm/passes")}
     assert not [file for file in (ROOT / "passes").iterdir() if file.is_dir() and file.name != "__pycache__"]
+
+
+def test_no_module_hides_a_function_of_its_name():
+    """`onnx_autoglm.sweep` must stay the function, also after a module of the package was imported."""
+    package = importlib.import_module("onnx_autoglm")
+    modules = {file.stem for file in (ROOT / "onnx_autoglm").glob("*.py")}
+    assert not modules & set(package.__all__)
 
 
 def test_help_is_light():
