@@ -213,8 +213,8 @@ def test_a_trained_model_and_its_pruned_self(tmp_path: Path) -> None:
     )
     found = evaluate(tmp_path / "out/model.onnx", text, reference=source, tokens=1024, window=256)
     assert found.reference_quality is not None and found.quality is not None
-    assert 5 < found.reference_quality.perplexity < 60  # type: ignore[union-attr]
-    assert found.reference_quality.accuracy > 0.3  # type: ignore[union-attr]
+    assert 20 < found.reference_quality.perplexity < 80  # type: ignore[union-attr]
+    assert found.reference_quality.accuracy > 0.25  # type: ignore[union-attr]
     assert found.ratio is not None and found.ratio > 1
     assert found.kl is not None and found.agreement is not None and found.kl > 0.01 and found.agreement < 0.99
     assert found.agreement == report.quality["agreement"] and found.ratio == pytest.approx(
