@@ -20,7 +20,7 @@ from onnx_autoglm.passes.score_activation import ScoreActivation
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_obs import ScoreObs
 from onnx_autoglm.passes.score_random import ScoreRandom
-from onnx_autoglm.quality import compare
+from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.statistics import Key, Observed, observe
 
 Repair = Literal["affine", "bias", "none"]
@@ -36,7 +36,10 @@ class Data:
 
     @classmethod
     def load(cls, model: ir.Model, path: Path, options: Options) -> Data:
-        """Reads both sets. Raises UserError for unreadable data, or if they are the same."""
+        """Reads both sets.
+
+        Raises UserError for unreadable data, sets that share any, or a model that cannot be judged on them.
+        """
         given = options.data
         refuse_idle_preprocess(given.preprocess, (given.calibration, given.evaluation))
         beside = path.with_name("tokenizer.json")
@@ -58,6 +61,8 @@ class Data:
         evaluation = read(given.evaluation, given.evaluation_tokens)
         if calibration and evaluation and calibration.samples & evaluation.samples:
             raise UserError("--calib and --eval share data: quality would be measured on what was fitted")
+        if evaluation:
+            find_scores(model, evaluation)  # before any work is done
         return cls(calibration, evaluation)
 
     def described(self) -> dict[str, Any] | None:

@@ -89,6 +89,21 @@ def headline(quality: Quality) -> float:
     return quality.perplexity if isinstance(quality, TextQuality) else quality.top1
 
 
+def find_scores(model: ir.Model, data: Dataset, who: str = "the model") -> ScoreOutput:
+    """The output that is to be judged on the data. Raises UserError, naming `who`, if there is none."""
+    if data.metric == "perplexity":
+        found, want = token_scores(model), "next-token scores [batch, sequence, vocabulary]"
+    elif data.metric == "top-1":
+        found, want = class_scores(model), "class scores [batch, classes]"
+    else:
+        found, want = class_scores(model) or any_scores(model), "scores"
+    if found is None:
+        raise UserError(
+            f"{who} has no output of {want}, so its quality on {data.name} cannot be measured: pass other data"
+        )
+    return found
+
+
 def measure(model: ir.Model, data: Dataset, step: Callable[[str], None] = lambda _: None) -> Quality:
     """Perplexity and accuracy on a text, or top-1 and top-5 on labelled samples.
 
@@ -166,21 +181,8 @@ class _Scorer:
 
     def __init__(self, model: ir.Model, data: Dataset, who: str) -> None:
         self._data, self._who = data, who
-        self.output = self._find(model)
+        self.output = find_scores(model, data, who)
         self._session = Session(upcast(model) if needs_upcast(model) else model, optimize=True)
-
-    def _find(self, model: ir.Model) -> ScoreOutput:
-        if self._data.metric == "perplexity":
-            found, want = token_scores(model), "next-token scores [batch, sequence, vocabulary]"
-        elif self._data.metric == "top-1":
-            found, want = class_scores(model), "class scores [batch, classes]"
-        else:
-            found, want = class_scores(model) or any_scores(model), "scores"
-        if found is None:
-            raise UserError(
-                f"{self._who} has no output of {want}, so its quality on {self._data.name} is unknown"
-            )
-        return found
 
     def rows(self, feed: Arrays, number: int) -> np.ndarray:
         """Scores `[positions, classes]` of the run with this number."""

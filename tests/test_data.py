@@ -209,6 +209,8 @@ def test_integers_are_not_scaled(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", (200, 100, 7))
     (feed,) = load_dataset(tmp_path, image_model(kind="uint8"))
     assert feed["x"].dtype == np.uint8 and feed["x"][0, :, 0, 0].tolist() == [200, 100, 7]
+    (feed,) = load_dataset(tmp_path, image_model(kind="uint8"), preprocess="scale=0.4")
+    assert feed["x"][0, :, 0, 0].tolist() == [255, 250, 18]  # 17.5 is rounded, 500 is cut off
 
 
 def test_defaults_follow_from_the_shape_of_the_input() -> None:

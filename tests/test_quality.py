@@ -191,6 +191,18 @@ def test_models_that_do_not_fit() -> None:
 # --- in `optimize`
 
 
+def test_a_model_without_scores_is_refused_before_it_is_pruned(tmp_path: Path) -> None:
+    ends = CLASSIFIER.replace("float[n,7] y", "int64[n] y").replace(
+        "y = MatMul(r, c)", "z = MatMul(r, c) y = ArgMax<axis=1, keepdims=0>(z)"
+    )
+    ir.save(model(ends), tmp_path / "model.onnx")
+    np.savez(tmp_path / "set.npz", x=np.ones((4, 6), np.float32), labels=np.arange(4))
+    steps: list[str] = []
+    with pytest.raises(UserError, match=r"no output of class scores .* on set\.npz cannot be measured"):
+        optimize(tmp_path / "model.onnx", tmp_path / "out", eval=tmp_path / "set.npz", progress=steps.append)
+    assert steps == ["open"]
+
+
 def test_the_report_has_top_1_agreement_and_divergence(tmp_path: Path) -> None:
     ir.save(model(CLASSIFIER), tmp_path / "model.onnx")
     data = labelled(100)
