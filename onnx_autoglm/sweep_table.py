@@ -78,7 +78,7 @@ class Sweep:
                 *(_cell(number, "{:.1%}") for number in (row.parameters_share, row.flops_share)),
                 _cell(row.quality, "{:.2f}" if row.metric == "perplexity" else "{:.1%}"),
                 *(_cell(row.ratio, "x{:.3f}"), _cell(row.agreement, "{:.1%}")),
-                *(_cell(row.latency_ms, "{:.3g} ms"), _cell(row.speedup, "x{:.2f}")),
+                *(_cell(row.latency_ms, "{:,.2f} ms"), _cell(row.speedup, "x{:.2f}")),
                 style="red" if row.error else None,
             )
         console.print(table)
@@ -179,12 +179,14 @@ def draw(sweep: Sweep, path: Path) -> bool:
     panels = [("quality", f"{metric}", metric == "perplexity")] if metric else []
     panels += [("speedup", "speed-up in ONNX Runtime", False)] if any(row.speedup for row in rows) else []
     panels = panels or [("flops_share", "FLOPs, share of the source", False)]
+    one_option = len({word for row in rows for word in row.options}) == 1
+    line = "-" if one_option else "none"  # through a grid of several options it would go back and forth
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     for index, (field, label, logarithmic) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), index)
         shown = [row for row in rows if getattr(row, field) is not None]
         shares = [100 * (row.parameters_share or 0) for row in shown]
-        axes.plot(shares, [getattr(row, field) for row in shown], marker="o")
+        axes.plot(shares, [getattr(row, field) for row in shown], marker="o", linestyle=line)
         axes.set_xlabel("parameters, % of the source")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

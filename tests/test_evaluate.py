@@ -108,6 +108,24 @@ def test_what_cannot_be_measured(folder: Path, words: list[str], expected: str) 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_an_infinite_divergence_is_null_in_json(folder: Path) -> None:
+    never = CLASSIFIER.replace("y = MatMul(r, c)", "z = MatMul(r, c) y = Add(z, low)").replace(
+        "float[12,7] c>", "float[12,7] c, float[7] low>"
+    )
+    low = np.array([0] * 6 + [-np.inf], np.float32)
+    ir.save(model(never, weights={"low": low}), folder / "never.onnx")
+    words = (
+        "eval",
+        folder / "never.onnx",
+        "--data",
+        folder / "set.npz",
+        "--reference",
+        folder / "class.onnx",
+    )
+    assert json.loads(run(*words, "--json").stdout)["kl"] is None
+    assert "KL inf nats" in run(*words).stdout
+
+
 def test_samples_without_labels_need_a_reference(folder: Path) -> None:
     np.savez(folder / "plain.npz", x=labelled().feeds[0]["x"])
     with pytest.raises(UserError, match="pass --reference"):
