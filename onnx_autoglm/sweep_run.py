@@ -64,6 +64,8 @@ def sweep(
         CheckFailed: as `UserError`, where the proof of a point failed.
     """
     source, folder = Path(model), Path(output)
+    if len(keep) and "keep" in (vary or {}):
+        raise UserError("keep is given both by itself and among the options to vary: give it once")
     wanted = {**({"keep": list(keep)} if len(keep) else {}), **(vary or {})}
     points = make_points(wanted, given, config)
     if jobs < 1 or latency_runs < 0:

@@ -265,6 +265,32 @@ def test_images_and_models_that_do_not_fit(tmp_path: Path) -> None:
         optimize(tmp_path / "model.onnx", tmp_path / "out", calib=tmp_path / "s.npz", preprocess="size=8")
 
 
+def test_images_calibrate_and_judge_a_classifier(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    text = (
+        "g (float[1,3,8,8] x) => (float[1,3] y) <float[12,3,3,3] a, float[12,3] c> "
+        "{ h = Conv<pads=[1,1,1,1]>(x, a) r = Relu(h) p = GlobalAveragePool(r) f = Flatten(p) y = MatMul(f, c) }"
+    )
+    ir.save(model(text), tmp_path / "model.onnx")
+    rng = np.random.default_rng(0)
+    for name, count in (("calib", 20), ("eval", 9)):
+        for index in range(count):
+            folder = tmp_path / name / f"class{index % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(rng.integers(0, 255, (10, 12, 3), np.uint8)).save(folder / f"{index}.png")
+    report = optimize(
+        tmp_path / "model.onnx",
+        tmp_path / "out",
+        prune={"conv-channel": 0.25},
+        calib=tmp_path / "calib",
+        eval=tmp_path / "eval",
+        preprocess="size=8,mean=0.5,std=0.25",
+    )
+    assert report.repair["calibration"]["rows"] == 20 and report.repair["consumers"][0]["repaired"]
+    assert report.quality["metric"] == "top-1" and report.quality["source"]["samples"] == 9
+    assert report.quality["positions"] == 9 and report.quality["kl"] < 1
+
+
 # --- text
 
 
