@@ -138,6 +138,25 @@ def test_samples_without_labels_need_a_reference(folder: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("data", ["words.txt", "sample.npz"])
+def test_a_result_whose_caches_shrank_is_judged_on_caches_that_fit(tmp_path: Path, data: str) -> None:
+    import recipes
+
+    source = recipes.build("glm-gqa-op18-kv", ROOT / "build/models") / "model.onnx"
+    word_text(tmp_path, 100)
+    (tmp_path / "sample.npz").write_bytes(source.with_name("sample.npz").read_bytes())
+    report = optimize(
+        source,
+        tmp_path / "out",
+        prune={"kv-group": 0.5},
+        eval=tmp_path / data,
+        tokenizer=tmp_path / "tokenizer.json",
+    )
+    assert any("past_key_values" in note for note in report.notes)
+    assert 0 < report.quality["kl"] < 5 and report.quality["positions"] > 0
+    assert report.quality["metric"] == ("perplexity" if data == "words.txt" else "agreement")
+
+
 # --- continuations
 
 
