@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -194,6 +195,7 @@ def _run_parallel(
 ) -> dict[str, Exception]:
     """The same in processes: each is a command `optimize`, ended when this one is interrupted."""
     failures: dict[str, Exception] = {}
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     running: set[subprocess.Popen[str]] = set()
     lock, stopped = threading.Lock(), threading.Event()
 
@@ -230,6 +232,12 @@ def _run_parallel(
                 for process in running:
                     process.terminate()
             raise
+        finally:
+            pool.shutdown()
+            # A process cannot remove the folder that it made while another one works in it.
+            for path in created:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
     return failures
 
 

@@ -313,4 +313,4 @@ def test_an_interrupt_ends_the_parallel_points_too(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "interrupted" in stderr and "Traceback" not in stderr
-    assert not out.exists() or not list(out.iterdir())  # neither point was left to run to its end
+    assert not out.exists()  # neither point was left to run to its end
