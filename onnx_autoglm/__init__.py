@@ -7,21 +7,41 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
     from onnx_autoglm.report import Inspection, Report
+    from onnx_autoglm.sweep_run import sweep
+    from onnx_autoglm.sweep_table import Sweep
 
     __version__: str
 
-__all__ = ["CheckFailed", "Inspection", "Options", "Report", "UserError", "check", "inspect", "optimize"]
+__all__ = [
+    "CheckFailed",
+    "Evaluation",
+    "Inspection",
+    "Options",
+    "Report",
+    "Sweep",
+    "UserError",
+    "check",
+    "evaluate",
+    "inspect",
+    "optimize",
+    "sweep",
+]
 
 _HOMES = {
     "check": "onnx_autoglm.pipeline",
+    "evaluate": "onnx_autoglm.evaluation",
+    "Evaluation": "onnx_autoglm.evaluation",
     "inspect": "onnx_autoglm.pipeline",
     "optimize": "onnx_autoglm.pipeline",
     "Options": "onnx_autoglm.options",
     "Inspection": "onnx_autoglm.report",
     "Report": "onnx_autoglm.report",
+    "Sweep": "onnx_autoglm.sweep_table",
+    "sweep": "onnx_autoglm.sweep_run",
 }
 
 

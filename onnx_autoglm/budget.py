@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,16 +12,17 @@ import onnx_ir as ir
 
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
+from onnx_autoglm.dataset import Dataset
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.evidence import Data, Evidence, Repair
-from onnx_autoglm.latency import Stopwatch, described, latency_savings, workload
+from onnx_autoglm.latency_table import Stopwatch, described, latency_savings, workload
 from onnx_autoglm.options import BudgetOptions, Options
 from onnx_autoglm.passes.allocate import allocate
 from onnx_autoglm.passes.ladder import keep_best
 from onnx_autoglm.passes.price import DEPTHS, LossCurve, price
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.resources import Resource, resource_of, unit_costs
-from onnx_autoglm.trial import Trial
+from onnx_autoglm.trial import Loss, Trial
 
 Progress = Callable[[str], None]
 USUAL_KINDS = ("query-head", "ffn-channel", "expert-channel", "conv-channel")
@@ -73,7 +75,7 @@ class Spender:
             trial = self._trial(self.data.calibration, runs)
         return price(trial, self.scores, DEPTHS, self.options.pruning, self.progress)
 
-    def _trial(self, data: Any, runs: int) -> Trial:
+    def _trial(self, data: Dataset, runs: int) -> Trial:
         return Trial(
             self.model,
             self.evidence.consumers,
@@ -156,30 +158,30 @@ class Spender:
         """Bisects the share of the competing parameters that goes; the last word has the whole evaluation set."""
         limit = float(self.budget.max_loss or 0)
         evaluation = self.data.evaluation
-        if evaluation is None or evaluation.token_input is None:
-            raise UserError("--max-loss is measured on a text: pass --eval PATH")
+        if evaluation is None or evaluation.metric == "agreement":
+            raise UserError("--max-loss is measured on a text, or on samples with labels: pass --eval PATH")
         resource = resource_of("parameters", self.structures)
         costs = unit_costs(list(self.curves), resource)
         competing = sum(costs[s] * s.size for s in self.curves)
         short = self._trial(evaluation, min(_SEARCH_RUNS, len(evaluation.feeds)))
-        base = short.measure(Selection()).perplexity
+        base = short.measure(Selection())
         low, high = 0.0, 0.9
         for round_ in range(7):
             share = (low + high) / 2
             self.progress(f"search {round_ + 1} of 7: -{share:.1%}")
             counts = self._solve(resource, costs, share * competing)
-            loss = short.measure(self.selection(counts), quick=True).perplexity / base - 1
+            loss = _worse(base, short.measure(self.selection(counts), quick=True), evaluation.metric)
             low, high = (share, high) if loss <= limit else (low, share)
         del short
         full = self._trial(evaluation, len(evaluation.feeds))
-        base = full.measure(Selection()).perplexity
+        base = full.measure(Selection())
         share = low
         for _ in range(8):
             counts = self._solve(resource, costs, share * competing)
             if all(keep == structure.size for structure, keep in counts.items()):
                 break
             self.progress(f"verify -{share:.1%}")
-            loss = full.measure(self.selection(counts)).perplexity / base - 1
+            loss = _worse(base, full.measure(self.selection(counts)), evaluation.metric)
             if loss <= limit:
                 reached = {"wanted": limit, "reached": loss, "removed": share}
                 return Outcome(counts, self._described(counts, reached))
@@ -225,6 +227,13 @@ class Spender:
         if self.budget.uniform:
             result["config"] = config_fields(self.structures, counts)
         return result
+
+
+def _worse(before: Loss, after: Loss, metric: str) -> float:
+    """By what fraction perplexity rose, or top-1 fell."""
+    if metric == "perplexity":
+        return math.expm1(min(after.likelihood - before.likelihood, 700.0))
+    return 1 - after.accuracy / max(before.accuracy, 1e-30)
 
 
 def config_fields(structures: Structures, counts: Mapping[Structure, int]) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -53,6 +54,8 @@ def cli() -> None:
     onnx-autoglm inspect model.onnx            what can be cut, and what cannot, and why
     onnx-autoglm optimize model.onnx -o out    a smaller model, a plan and a report
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
+    onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
+    onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
     """
 
 
@@ -153,6 +156,129 @@ def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance
         click.echo(
             f"masked == pruned: worst relative difference {proof.difference.relative:.1e} (limit {tolerance:.0e})"
         )
+
+
+@cli.command("eval")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A text, .npz samples with an array 'labels', images in one folder per class, ... (as optimize --eval).",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    help="Compare with this model (the source of a pruned one): agreement and KL(reference || model).",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json for texts. By default the one beside MODEL, or beside the reference.",
+)
+@click.option("--preprocess", metavar="KEY=VALUE,...", help="How images become inputs (see optimize --help).")
+@click.option("--tokens", type=int, default=16384, show_default=True, help="Use at most this many tokens.")
+@click.option("--window", type=int, default=512, show_default=True, help="Tokens per run of the model.")
+@click.option(
+    "--generate",
+    type=int,
+    metavar="N",
+    help="Also continue prompts (the first half of a window) by N tokens, greedily, and score that: BLEU-4, ROUGE-L.",
+)
+@click.option("--prompts", type=int, default=16, show_default=True, help="Continue at most this many.")
+@click.option("--json", "as_json", is_flag=True, help="Write JSON instead of a table.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Measure the quality of MODEL on data, alone or beside a reference. Writes no files.
+
+    Language models: perplexity and the share of next tokens ranked first. Classifiers: top-1 and top-5. With
+    --reference also how often both rank the same first, and KL(reference || model) per position in nats; this
+    alone needs no labels.
+
+    \b
+    Examples:
+      onnx-autoglm eval model.onnx --data text.txt
+      onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx --json
+      onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx --generate 64
+      onnx-autoglm eval resnet.onnx --data val/ --preprocess size=256,crop=224,mean=0.485:0.456:0.406,std=0.225
+    """
+    from onnx_autoglm.evaluation import evaluate as run
+
+    with _progress(quiet) as progress:
+        found = run(model, **given, progress=progress)
+    if as_json:
+        click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
+    else:
+        found.print(_console(sys.stdout))
+
+
+class _Sweep(click.Command):
+    """Lets `--keep 0.9 0.8 0.7` take several values after one flag, which click's options cannot."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words: list[str] = []
+        in_keep = False
+        for word in args:
+            in_keep = word == "--keep" or (in_keep and _is_numbers(word))
+            if in_keep and word != "--keep" and words[-1] != "--keep":
+                words.append("--keep")
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def _is_numbers(word: str) -> bool:
+    return all(re.fullmatch(r"\d*\.?\d+", part) for part in word.split(","))
+
+
+@cli.command(cls=_Sweep, params=[_option(flag) for flag in flags() if flag.keyword != "keep"])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="FRACTION...",
+    help="Values of optimize --keep, after one flag (0.9 0.8 0.7) or comma-separated.",
+)
+@click.option(
+    "--vary",
+    multiple=True,
+    metavar="OPTION=V1,V2,...",
+    help="Values of any option of optimize; a plus joins parts of one value. Repeatable: all combinations are run.",
+)
+@click.option("--jobs", type=int, default=1, show_default=True, help="Points to prune at the same time.")
+@click.option(
+    "--latency-runs", type=int, default=10, show_default=True, help="Timed runs of each model; 0 for none."
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file with options that all points share."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def sweep(
+    model: Path, output: Path, keep: tuple[str, ...], vary: tuple[str, ...], quiet: bool, **given: Any
+) -> None:
+    """Run optimize on MODEL at several points and collect a table: size, FLOPs, quality, latency, time.
+
+    Writes sweep.csv, sweep.json and sweep.png (with matplotlib) into the output folder, and each point into a folder
+    of its own (keep-0.80/). Run it again to go on where it stopped: a point with the same source, data, options and
+    version is not run again. All options of optimize are options here.
+
+    \b
+    Examples:
+      onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt --calib other.txt
+      onnx-autoglm sweep model.onnx -o out --vary prune=ffn-channel=0.1,ffn-channel=0.2,ffn-channel=0.3
+      onnx-autoglm sweep model.onnx -o out --vary prune=ffn-channel=0.2,ffn-channel=0.2+query-head=0.1
+      onnx-autoglm sweep model.onnx -o out --prune ffn-channel=0.2 --vary criterion=l2,wanda,obs --calib text.txt
+    """
+    from onnx_autoglm.sweep_points import parse_vary
+    from onnx_autoglm.sweep_run import sweep as run
+
+    levels = [part for word in keep for part in word.split(",")]
+    given["prune"] = ",".join(given["prune"])
+    with _progress(quiet) as progress:
+        found = run(model, output, keep=levels, vary=parse_vary(vary), progress=progress, **given)
+    if not quiet:
+        found.print(_console(sys.stdout))
+        click.echo(f"written to {output}")
 
 
 def _console(file: Any) -> Any:

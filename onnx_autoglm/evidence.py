@@ -12,14 +12,15 @@ import onnx_ir as ir
 from onnx_autoglm.axes.dims import leaves
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.consumers import find_consumers
-from onnx_autoglm.data import Dataset, load_dataset
+from onnx_autoglm.data import Arrays, Dataset, load_dataset, refuse_idle_preprocess
+from onnx_autoglm.data_text import feeds_for
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import Options
 from onnx_autoglm.passes.score_activation import ScoreActivation
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_obs import ScoreObs
 from onnx_autoglm.passes.score_random import ScoreRandom
-from onnx_autoglm.quality import measure
+from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.statistics import Key, Observed, observe
 
 Repair = Literal["affine", "bias", "none"]
@@ -35,37 +36,54 @@ class Data:
 
     @classmethod
     def load(cls, model: ir.Model, path: Path, options: Options) -> Data:
-        """Reads both sets. Raises UserError for unreadable data, or if they are the same."""
+        """Reads both sets.
+
+        Raises UserError for unreadable data, sets that share any, or a model that cannot be judged on them.
+        """
         given = options.data
+        refuse_idle_preprocess(given.preprocess, (given.calibration, given.evaluation))
         beside = path.with_name("tokenizer.json")
         tokenizer = given.tokenizer or (beside if beside.is_file() else None)
 
         def read(source: Path | None, limit: int) -> Dataset | None:
             if source is None:
                 return None
-            return load_dataset(source, model, tokenizer=tokenizer, window=given.window, limit=limit)
+            return load_dataset(
+                source,
+                model,
+                tokenizer=tokenizer,
+                window=given.window,
+                limit=limit,
+                preprocess=given.preprocess,
+            )
 
         calibration = read(given.calibration, given.calibration_tokens)
         evaluation = read(given.evaluation, given.evaluation_tokens)
-        if calibration and evaluation and calibration.windows() & evaluation.windows():
+        if calibration and evaluation and calibration.samples & evaluation.samples:
             raise UserError("--calib and --eval share data: quality would be measured on what was fitted")
-        if evaluation and evaluation.token_input is None:
-            raise UserError("quality is measured as perplexity: pass a text with --eval, not samples")
+        if evaluation:
+            find_scores(model, evaluation)  # before any work is done
         return cls(calibration, evaluation)
 
     def described(self) -> dict[str, Any] | None:
         return None if self.calibration is None else _described(self.calibration)
 
-    def compare(self, source: ir.Model, result: ir.Model, progress: Progress) -> dict[str, Any]:
-        """Quality of both models on the evaluation set."""
-        assert self.evaluation is not None
-        before, after = measure(source, self.evaluation, progress), measure(result, self.evaluation, progress)
-        return {
-            "data": _described(self.evaluation),
-            "source": dataclasses.asdict(before),
-            "result": dataclasses.asdict(after),
-            "ratio": after.perplexity / before.perplexity,
-        }
+    def compare(
+        self,
+        source: ir.Model,
+        result: ir.Model,
+        progress: Progress,
+        adapt: Callable[[Arrays], Arrays] = lambda feed: feed,
+    ) -> dict[str, Any]:
+        """Quality of both models on the evaluation set, and how near they are to each other.
+
+        `adapt` makes a feed of the result from one of the source, where inputs of the graph shrank.
+        """
+        data = self.evaluation
+        assert data is not None
+        feeds = feeds_for(data, result) or (adapt(feed) for feed in data)
+        outcome = compare(source, result, data, model_feeds=feeds, step=progress)
+        return {"data": _described(data), **outcome.as_json()}
 
 
 def _described(data: Dataset) -> dict[str, Any]:

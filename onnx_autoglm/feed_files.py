@@ -21,25 +21,33 @@ def load_feeds(path: Path, model: ir.Model) -> Arrays:
     Raises:
         UserError: the file cannot be read, or its arrays do not fit the model's inputs.
     """
-    arrays = _read_npz(path)
+    return fit_feeds(str(path), read_npz(path), model)
+
+
+def fit_feeds(where: str, arrays: Arrays, model: ir.Model) -> Arrays:
+    """The arrays, one per graph input, in the types of the inputs; `where` is named in errors.
+
+    Raises UserError if an input is missing, or a name, type, rank or static size does not fit.
+    """
     inputs = {value.name or "": value for value in fed_inputs(model)}
     optional = {value.name or "" for value in model.graph.inputs} - inputs.keys()
     missing = [name for name in inputs if name not in arrays]
     if missing:
         raise UserError(
-            f"{path} has no array for input {missing[0]!r}. The model needs: {', '.join(inputs)}."
+            f"{where} has no array for input {missing[0]!r}. The model needs: {', '.join(inputs)}."
         )
     unknown = sorted(arrays.keys() - inputs.keys() - optional)
     if unknown:
         raise UserError(
-            f"{path} has an array {unknown[0]!r}, which is no input. Remove it; the model's inputs are: "
+            f"{where} has an array {unknown[0]!r}, which is no input. Remove it; the model's inputs are: "
             f"{', '.join(inputs)}."
         )
     declared = {value.name or "": value for value in model.graph.inputs}
-    return {name: _fitting(path, array, declared[name]) for name, array in arrays.items()}
+    return {name: _fitting(where, array, declared[name]) for name, array in arrays.items()}
 
 
-def _read_npz(path: Path) -> Arrays:
+def read_npz(path: Path) -> Arrays:
+    """All arrays of an .npz file. Raises UserError if it cannot be read."""
     try:
         data = np.load(path, allow_pickle=False)
         if isinstance(data, np.lib.npyio.NpzFile):
@@ -54,9 +62,9 @@ def _read_npz(path: Path) -> Arrays:
     raise UserError(f"{path} holds a single array: write it with numpy.savez(path, input_name=array).")
 
 
-def _fitting(path: Path, array: np.ndarray, value: ir.Value) -> np.ndarray:
+def _fitting(source: str, array: np.ndarray, value: ir.Value) -> np.ndarray:
     """The array, if its type, rank and static sizes are those of the input."""
-    where = f"{path}: input {value.name!r}"
+    where = f"{source}: input {value.name!r}"
     array = _typed(where, array, value)
     if value.shape is None:
         return array

@@ -231,12 +231,14 @@ class DataOptions(_Options):
 
     calibration: Path | None = Field(
         default=None,
-        description="Calibration data: a text file or a folder of them, or .npz samples. Never the data of --eval.",
+        description="Calibration data: a text file, .npz samples, polygraphy's .json, a folder of one of these, a "
+        "folder of .npy files (one per input), or of images. Never the data of --eval.",
         json_schema_extra=_flag("--calib", "PATH"),
     )
     evaluation: Path | None = Field(
         default=None,
-        description="A text to measure perplexity on, before and after.",
+        description="Data to measure source and result on: perplexity on a text, top-1 and top-5 on samples with an "
+        "array 'labels' or images in one folder per class, and on all data how often both agree.",
         json_schema_extra=_flag("--eval", "PATH"),
     )
     tokenizer: Path | None = Field(
@@ -257,6 +259,14 @@ class DataOptions(_Options):
         json_schema_extra=_flag("--eval-tokens", None),
     )
     window: int = Field(default=512, ge=2, description="Tokens per run of the model, for both kinds of data.")
+    preprocess: str | None = Field(
+        default=None,
+        description="How images become the model's input: size (of the shorter side, or HxW), crop, mean and std (a "
+        "number per channel, joined by colons), layout (nchw, nhwc), gray, scale (what pixels are divided by). For "
+        "example size=256,crop=224,mean=0.485:0.456:0.406,std=0.229:0.224:0.225. What is left out follows from the "
+        "shape of the input.",
+        json_schema_extra=_flag("--preprocess", "KEY=VALUE,..."),
+    )
 
 
 TOLERANCE = 1e-4  # relative, per output: rounding of float32 through a deep network

@@ -207,7 +207,12 @@ def optimize(
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
-                quality = data.compare(modelfile.open_model(source_path), pruned, progress)
+                quality = data.compare(
+                    modelfile.open_model(source_path),
+                    pruned,
+                    progress,
+                    lambda feed: cut_arrays(feed, plan.interfaces),
+                )
                 refuse_loss(quality, options)
         report = Report(
             source=before,

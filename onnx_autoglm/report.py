@@ -99,12 +99,12 @@ class Inspection:
                 console.print(f"  {line}", highlight=False, markup=False)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
@@ -153,7 +153,7 @@ class Report:
         return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(_finite(self.as_json()), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(finite(self.as_json()), indent=1, allow_nan=False) + "\n")
 
     def print(self, console: Console) -> None:
         """Writes the closing tables."""
@@ -183,12 +183,8 @@ class Report:
         for line in self._lines():
             console.print(line, highlight=False, markup=False)
         if self.quality:
-            before, after = self.quality["source"], self.quality["result"]
-            console.print(
-                f"perplexity on {self.quality['data']['name']}: {before['perplexity']:.2f} -> "
-                f"{after['perplexity']:.2f} (x{self.quality['ratio']:.3f})",
-                highlight=False,
-            )
+            for line in quality_lines(self.quality):
+                console.print(line, highlight=False, markup=False)
         relative, limit = self.check["relative_difference"], self.check["tolerance"]
         console.print(
             f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e}); "
@@ -227,6 +223,26 @@ class Report:
             console.print(f"  {count} x {kind}: {reason}", highlight=False, markup=False)
         if len(reasons) > 12:
             console.print(f"  ... and {len(reasons) - 12} more reasons in report.json")
+
+
+def quality_lines(quality: dict[str, Any]) -> list[str]:
+    """The `quality` of a report in words."""
+    name, before, after = quality["data"]["name"], quality["source"], quality["result"]
+    same = f"both agree on {quality['agreement']:.1%} of {quality['positions']:,} positions of {name}"
+    lines = [f"{same}, KL {quality['kl']:.4f} nats"]
+    if quality["metric"] == "perplexity":
+        lines.insert(
+            0,
+            f"perplexity on {name}: {before['perplexity']:.2f} -> {after['perplexity']:.2f} "
+            f"(x{quality['ratio']:.3f}); next token right: {before['accuracy']:.1%} -> {after['accuracy']:.1%}",
+        )
+    elif quality["metric"] == "top-1":
+        lines.insert(
+            0,
+            f"top-1 on {name}: {before['top1']:.1%} -> {after['top1']:.1%} (x{quality['ratio']:.3f}); "
+            f"top-5: {before['top5']:.1%} -> {after['top5']:.1%}",
+        )
+    return lines
 
 
 def _print_figures(console: Console, before: ModelFigures, after: ModelFigures | None) -> None:

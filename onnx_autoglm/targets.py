@@ -42,10 +42,12 @@ def measurable(
 
 def refuse_loss(quality: dict[str, Any], options: Options) -> None:
     limit = options.budget.max_loss
-    if limit is not None and quality["ratio"] - 1 > limit:
+    # Perplexity rises as quality falls; top-1 and agreement fall.
+    loss = quality["ratio"] - 1 if quality["metric"] == "perplexity" else 1 - quality["ratio"]
+    if limit is not None and not loss <= limit:
         raise UserError(
-            f"--max-loss {limit:.2%} is exceeded: the loss is {quality['ratio'] - 1:.2%} on the evaluation data; "
-            "nothing was written; ask for a smaller cut, or allow more"
+            f"--max-loss {limit:.2%} is exceeded: the loss of {quality['metric']} is {loss:.2%} on the evaluation data; "
+            "ask for a smaller cut, or allow more"
         )
 
 
@@ -113,5 +115,5 @@ def methods_of(options: Options, data: Data) -> tuple[str, Repair]:
         repair = options.repair
     if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
         what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
-        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images)")
     return criterion, repair

@@ -18,11 +18,11 @@ from onnx_ir.passes import common
 
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.consumers import Consumer, as_rows
-from onnx_autoglm.data import Arrays, Dataset
+from onnx_autoglm.dataset import Arrays, Dataset, Labels
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.passes.repair_weights import LAMBDAS, per_output, refit, why_no_refit
-from onnx_autoglm.quality import scores_output
 from onnx_autoglm.runtime import Session
+from onnx_autoglm.scores import ScoreOutput, class_scores, token_scores
 from onnx_autoglm.statistics import Key, Observed
 from onnx_autoglm.upcast import needs_upcast, upcast
 
@@ -35,17 +35,14 @@ _QUICK = (1e-2,)  # one ridge strength is enough to tell structures apart
 class Loss:
     """How far a run is from the source's.
 
-    `divergence` is KL(source || trial) per position in nats for next-token scores, otherwise the squared
-    error of the outputs relative to their variance. `likelihood` is the mean negative log-likelihood of the
-    next token, where there are tokens.
+    `divergence` is KL(source || trial) per position in nats for scores of tokens or classes, otherwise the
+    squared error of the outputs relative to their variance. `likelihood` is the mean negative log-likelihood of
+    the right answers and `accuracy` how many are ranked first, where there are right answers.
     """
 
     divergence: float
-    likelihood: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.nan if self.likelihood is None else math.exp(min(self.likelihood, 700.0))
+    likelihood: float = math.nan
+    accuracy: float = math.nan
 
 
 class Trial:
@@ -74,19 +71,22 @@ class Trial:
         self._observed, self._repair = observed, repair
         graph_model = model.clone()
         self._slots = _open_weights(graph_model.graph, consumers, repair)
-        scores = scores_output(model) if data.token_input is not None else None
+        scores = _scores(model, data)
         self._reference: _Reference = (
-            _Outputs(graph_model) if scores is None else _Tokens(graph_model, scores, data.token_input or "")
+            _Outputs(graph_model)
+            if scores is None
+            else _Scores(graph_model, scores, is_text=data.labels is None)
         )
         source = self._reference.source
         source = upcast(source) if needs_upcast(source) else source
         session = Session(source, optimize=True)
-        chosen = data.feeds[-runs:]
+        numbers = range(max(len(data.feeds) - runs, 0), len(data.feeds))
         feeds = []
-        for number, feed in enumerate(chosen, 1):
-            step(f"price, source {number} of {len(chosen)}")
+        for number in numbers:
+            step(f"trial, source {number - numbers.start + 1} of {len(numbers)}")
+            feed = data.feeds[number]
             outputs = session.run({name: feed[name] for name in session.input_names if name in feed})
-            feeds.append(self._reference.remember(feed, outputs))
+            feeds.append(self._reference.remember(feed, outputs, data.targets(number)))
         self._feeds = feeds
         del session
         trial = self._reference.trial
@@ -99,16 +99,14 @@ class Trial:
         for slot in self._slots:
             if selection.touches(slot.consumer.contraction.dim):
                 given.update(self._weights(slot, selection, quick))
-        total = np.zeros(3)
+        total = np.zeros(4)
         for feed in self._feeds:
             known = {name: feed[name] for name in self._session.input_names if name in feed}
             total += self._reference.compare(feed, self._session.run(known | given))
-        count, divergence, likelihood = total
+        _, divergence, likelihood, correct = total / max(total[0], 1)
         if not math.isfinite(divergence):
-            return Loss(math.inf, math.inf)
-        return Loss(
-            divergence / max(count, 1), likelihood / max(count, 1) if self._reference.is_text else None
-        )
+            return Loss(math.inf, math.inf, 0.0)
+        return Loss(divergence, likelihood, correct)
 
     def _weights(self, slot: _Slot, selection: Selection, quick: bool) -> Arrays:
         consumer, source = slot.consumer, slot.source
@@ -198,18 +196,24 @@ def _retraced(graph: ir.Graph, before: ir.Node, weight: ir.Value, path: ir.Value
     return weight
 
 
+def _scores(model: ir.Model, data: Dataset) -> ScoreOutput | None:
+    """The scores that the data has right answers for."""
+    if data.labels is not None:
+        return class_scores(model)
+    return token_scores(model) if data.token_input is not None else None
+
+
 class _Reference:
     """What of the source's run is remembered, and how a trial's run is compared with it."""
 
     source: ir.Model
     trial: ir.Model
-    is_text = False
 
-    def remember(self, feed: Arrays, outputs: Arrays) -> Arrays:
+    def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
         raise NotImplementedError
 
     def compare(self, feed: Arrays, outputs: Arrays) -> npt.NDArray[np.float64]:
-        """Count, sum of divergences, sum of negative log-likelihoods."""
+        """Positions, and over them the sums of divergences, negative log-likelihoods and right answers."""
         raise NotImplementedError
 
 
@@ -220,7 +224,7 @@ class _Outputs(_Reference):
         self.source = self.trial = model
         self._expected: dict[int, Arrays] = {}
 
-    def remember(self, feed: Arrays, outputs: Arrays) -> Arrays:
+    def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
         self._expected[id(feed)] = {
             name: array
             for name, array in outputs.items()
@@ -237,24 +241,24 @@ class _Outputs(_Reference):
             a = array.astype(np.float64)
             error = float(np.square(a - outputs[name].astype(np.float64)).sum())
             total += error / max(float(np.square(a - a.mean()).sum()), 1e-30)
-        return np.array([1.0, total / len(expected), 0.0])
+        return np.array([1.0, total / len(expected), math.nan, math.nan])
 
 
-class _Tokens(_Reference):
-    """Next-token scores: the probabilities of the source's likeliest tokens and of the true next one."""
+class _Scores(_Reference):
+    """Scores of tokens or classes: the probabilities of the source's likeliest ones and of the right answer."""
 
-    is_text = True
-
-    def __init__(self, model: ir.Model, scores: str, tokens: str) -> None:
-        self._tokens = tokens
+    def __init__(self, model: ir.Model, scores: ScoreOutput, *, is_text: bool) -> None:
+        self._is_text = is_text
         self.source, self.trial = model.clone(), model
-        size = _last_size(model, scores)
+        size = _last_size(model, scores.name)
         count = np.array([min(_LIKELIEST, size or _LIKELIEST)])
         for target in (self.source, self.trial):
             graph = target.graph
-            (value,) = [output for output in graph.outputs if output.name == scores]
+            (value,) = [output for output in graph.outputs if output.name == scores.name]
             kind = value.dtype or ir.DataType.FLOAT
-            logs = ir.node("LogSoftmax", [value], {"axis": -1})
+            logs = (
+                ir.node("Log", [value]) if scores.normalised else ir.node("LogSoftmax", [value], {"axis": -1})
+            )
             logs.outputs[0].dtype = kind
             graph.append(logs)
             graph.outputs.clear()
@@ -264,11 +268,13 @@ class _Tokens(_Reference):
                 top = ir.node("TopK", [logs.outputs[0], likeliest], {"axis": -1}, num_outputs=2)
                 top.outputs[0].dtype, top.outputs[1].dtype = kind, ir.DataType.INT64
                 graph.append(top)
-                top.outputs[0].name, top.outputs[1].name = "trial/logs", "trial/tokens"
+                top.outputs[0].name, top.outputs[1].name = "trial/logs", "trial/answers"
                 graph.outputs.extend(top.outputs)
             else:
                 index = ir.Value(
-                    name="trial/tokens", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None] * 3)
+                    name="trial/answers",
+                    type=ir.TensorType(ir.DataType.INT64),
+                    shape=ir.Shape([None] * (3 if is_text else 2)),
                 )
                 graph.inputs.append(index)
                 picked = ir.node("GatherElements", [logs.outputs[0], index], {"axis": -1})
@@ -277,23 +283,31 @@ class _Tokens(_Reference):
                 graph.outputs.append(picked.outputs[0])
             common.RemoveUnusedNodesPass()(target)
 
-    def remember(self, feed: Arrays, outputs: Arrays) -> Arrays:
-        tokens = feed[self._tokens].astype(np.int64)
-        following = np.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)[..., None]
+    def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
+        answers = outputs["trial/answers"]
+        assert targets is not None
+        if self._is_text:  # the last position of a window has no right answer
+            rows = targets.reshape(len(answers), -1)
+            right = np.concatenate([rows, np.full((len(rows), 1), -1)], axis=1)
+        else:
+            right = targets
         return feed | {
-            "trial/tokens": np.concatenate([outputs["trial/tokens"], following], axis=-1),
+            "trial/answers": np.concatenate([answers, np.maximum(right, 0)[..., None]], axis=-1),
             "trial/expected": outputs["trial/logs"].astype(np.float64),
+            "trial/counts": right >= 0,
         }
 
     def compare(self, feed: Arrays, outputs: Arrays) -> npt.NDArray[np.float64]:
-        logs = outputs["trial/logs"].astype(np.float64)
-        expected, actual = feed["trial/expected"][:, :-1], logs[:, :-1, :-1]
+        counts = feed["trial/counts"]
+        logs, expected = outputs["trial/logs"].astype(np.float64)[counts], feed["trial/expected"][counts]
+        actual, right = logs[:, :-1], logs[:, -1]
         probability = np.exp(expected)
         divergence = (probability * (expected - actual)).sum(axis=-1)
         rest = np.maximum(1 - probability.sum(axis=-1), 1e-9)
         other = np.maximum(1 - np.exp(actual).sum(axis=-1), 1e-9)
         divergence += rest * (np.log(rest) - np.log(other))
-        return np.array([float(divergence.size), divergence.sum(), -logs[:, :-1, -1].sum()])
+        correct = right >= actual.max(axis=-1)
+        return np.array([float(len(logs)), divergence.sum(), -right.sum(), float(correct.sum())])
 
 
 def _last_size(model: ir.Model, output: str) -> int | None:

@@ -14,7 +14,7 @@ from onnx_autoglm import CheckFailed, UserError, optimize
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.consumers import find_consumers
 from onnx_autoglm.cut import analyse, apply_selection
-from onnx_autoglm.data import Dataset
+from onnx_autoglm.dataset import Dataset
 from onnx_autoglm.options import PruningOptions
 from onnx_autoglm.passes.allocate import allocate
 from onnx_autoglm.passes.ladder import Ladder, keep_best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,13 @@ def test_every_sub_package_is_listed():
     assert not [file for file in (ROOT / "passes").iterdir() if file.is_dir() and file.name != "__pycache__"]
 
 
+def test_no_module_hides_a_function_of_its_name():
+    """`onnx_autoglm.sweep` must stay the function, also after a module of the package was imported."""
+    package = importlib.import_module("onnx_autoglm")
+    modules = {file.stem for file in (ROOT / "onnx_autoglm").glob("*.py")}
+    assert not modules & set(package.__all__)
+
+
 def test_help_is_light():
     code = (
         "import sys; from onnx_autoglm.cli import main; sys.argv = ['onnx-autoglm', '--help']\n"
@@ -95,7 +103,8 @@ def test_help_is_light():
 def test_all_runtime_dependencies_are_pinned_in_the_constraints():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["dev"] + extras["export"] + extras["bench"]
+    installed = ("dev", "export", "bench", "eval", "images", "plot", "polygraphy")
+    wanted = project["dependencies"] + [one for extra in installed for one in extras[extra]]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
     names = {requirement.split(">")[0].split("=")[0].lower().replace("_", "-") for requirement in wanted}
