@@ -111,7 +111,7 @@ def _texts(
     if window > tokens.size:
         raise UserError(f"{path} is too short: the model takes {window} tokens at once, it has {tokens.size}")
     rows = [tokens[start : start + window] for start in range(0, tokens.size - window + 1, window)]
-    feeds = tuple(_token_feed(model, roles.tokens, row[None]) for row in rows)
+    feeds = tuple(token_feed(model, roles.tokens, row[None]) for row in rows)
     digest = hashlib.sha256(np.concatenate(rows).tobytes()).hexdigest()
     return Dataset(path.name, digest, len(rows) * window, feeds, roles.tokens)
 
@@ -142,7 +142,7 @@ def _encode(files: list[Path], tokenizer: Path | None, limit: int) -> list[int]:
     return ids[:limit]
 
 
-def _token_feed(model: ir.Model, name: str, tokens: np.ndarray) -> Arrays:
+def token_feed(model: ir.Model, name: str, tokens: np.ndarray) -> Arrays:
     """A feed around `[batch, window]` tokens: ones for masks, 0, 1, 2 ... for positions, empty caches."""
     roles = token_roles(model)
     assert roles is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 Step = Callable[[str], None]
 
+CACHE_BYTES = 1 << 30  # of the caches of all rows that are written at once
+TOKENS_AT_ONCE = 4096  # in one run of a model without a cache
 SAME_SCORES = 1e-3  # relative: what comes later may change earlier scores by rounding only
 # Operators between the last product and the scores that treat each position alone.
 POINTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"})
@@ -120,7 +123,7 @@ class Decoder:
         draws = np.stack([np.random.default_rng((seed, row)).random(tokens) for row in range(len(prompts))])
         if self._rows is None and len(prompts) > 1:
             self._rows = self._batch_that_runs(prompts)
-        rows = self._rows or len(prompts)
+        rows = self._rows or min(len(prompts), self._most_rows(prompts.shape[1] + tokens))
         written = []
         for start in range(0, len(prompts), rows):
             some, drawn = prompts[start : start + rows], draws[start : start + rows]
@@ -131,6 +134,14 @@ class Decoder:
             )
             written.append(self._write(some, drawn, sampling, _Told(step, start, len(prompts))))
         return np.concatenate(written)[: len(prompts)]
+
+    def _most_rows(self, length: int) -> int:
+        """How many rows of this length memory should hold at once."""
+        sizes = [
+            math.prod(length if size == 0 else size for size in cache.shape) * cache.dtype.itemsize
+            for cache in self.roles.caches
+        ]
+        return max(1, int(CACHE_BYTES // sum(sizes)) if sizes else TOKENS_AT_ONCE // length)
 
     def _batch_that_runs(self, prompts: np.ndarray) -> int | None:
         """1 if the graph declares any batch but runs only at one; some exporters fix it inside."""
@@ -166,6 +177,8 @@ class Decoder:
                 past = {cache.input: value for cache, value in zip(caches, grown, strict=True)}
             seen = text.shape[1] if caches else 0
             last = scores.numpy()[:, -1].astype(np.float32)
+            if not np.isfinite(last.max(axis=-1)).all():
+                raise UserError("the model computes next-token scores that are not finite")
             text = np.concatenate([text, pick(last, sampling, draws[:, number])[:, None]], axis=1)
         return text[:, prompts.shape[1] :]
 

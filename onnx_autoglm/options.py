@@ -120,14 +120,17 @@ def parse_fractions(text: str) -> dict[str, float]:
 class DataOptions(_Options):
     """What the choice and the repair may learn from, and what quality is measured on."""
 
-    calibration: Path | None = Field(
-        default=None,
-        description="Calibration data: a text file or a folder of them, or .npz samples. Never the data of --eval.",
-        json_schema_extra=_flag("--calib", "PATH"),
+    calibration: Literal["auto", "self", "none"] | Path = Field(
+        default="auto",
+        description="Calibration data: a text file or a folder of them, or .npz samples (never the data of --eval); "
+        "self: text that the model writes itself; none. auto is self for a language model that can write, if the "
+        "criterion or the repair learns from data, and none otherwise.",
+        json_schema_extra=_flag("--calib", "PATH|self|none"),
     )
     evaluation: Path | None = Field(
         default=None,
-        description="A text to measure perplexity on, before and after.",
+        description="A text to measure perplexity on, before and after. With self-written calibration text the default "
+        "is more of that.",
         json_schema_extra=_flag("--eval", "PATH"),
     )
     tokenizer: Path | None = Field(
@@ -148,6 +151,11 @@ class DataOptions(_Options):
         json_schema_extra=_flag("--eval-tokens", None),
     )
     window: int = Field(default=512, ge=2, description="Tokens per run of the model, for both kinds of data.")
+
+    @property
+    def calibration_path(self) -> Path | None:
+        """Where calibration data is read from, if it is."""
+        return self.calibration if isinstance(self.calibration, Path) else None
 
 
 TOLERANCE = 1e-4  # relative, per output: rounding of float32 through a deep network

@@ -19,7 +19,7 @@ from onnx_autoglm.axes.structures import Structures
 from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.evidence import Data, Evidence, Repair, score
+from onnx_autoglm.evidence import OBSERVING, Data, Evidence, Repair, score, wants_self_text
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
 from onnx_autoglm.options import DEFAULT_FRACTION, TOLERANCE, Options, collect, matches
@@ -77,7 +77,6 @@ def optimize(
         canonicalize(source)
         feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
         data = Data.load(source, source_path, options)
-        criterion, repair = _methods(options, data)
     with clock("infer axes") as effect:
         structures = analyse(source.clone())
         before = figures(source, source_path, count_flops(structures.analysis), nodes)
@@ -88,14 +87,20 @@ def optimize(
     _refuse_unknown_layers(options, structures)
     _refuse_the_impossible(decisions, fractions, structures, asked=asked)
     wanted = [decision.structure for decision in decisions if not decision.reason]
+    if wants_self_text(options):
+        with clock("write text") as effect:
+            data = data.with_self_text(source, options, progress)
+            effect["tokens"] = 0 if data.calibration is None else data.calibration.rows
+    notes += data.notes
+    criterion, repair = _methods(options, data)
     evidence = Evidence(structures, wanted)
-    if criterion in ("obs", "flap", "wanda") or repair != "none":
+    if criterion in OBSERVING or repair != "none":
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data, progress))
     with clock("score") as effect:
         scores = score(criterion, wanted, evidence, options.pruning.seed, progress)
         effect["criterion"] = criterion
-        if criterion in ("obs", "flap", "wanda"):
+        if criterion in OBSERVING:
             blind = [
                 structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
             ]
@@ -174,7 +179,7 @@ def optimize(
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
-                quality = data.compare(modelfile.open_model(source_path), pruned, progress)
+                quality = data.compare(modelfile.open_model(source_path), pruned, plan.interfaces, progress)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
@@ -304,9 +309,10 @@ def _methods(options: Options, data: Data) -> tuple[str, Repair]:
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
-    if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
-        what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
-        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples)")
+    if not given and (criterion in OBSERVING or repair != "none"):
+        what = criterion if criterion in OBSERVING else f"repair {repair}"
+        why = f" ({data.notes[0]})" if data.notes else ""
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, or .npz samples){why}")
     return criterion, repair
 
 
