@@ -17,6 +17,7 @@ from onnx_autoglm.decode import Decoder, Sampling
 from onnx_autoglm.errors import UserError
 
 NAME = "self-written"
+SAMPLING = Sampling()
 FEWEST_RUNS = 10  # statistics hold out every fifth run of the model
 # A step costs more the longer its row is, so many short rows are cheaper than few long ones.
 LONGEST_ROW = 256
@@ -26,24 +27,31 @@ MOST_TOKENS_UNCACHED = 4096
 
 
 def write_text(
-    model: ir.Model, *, tokens: int, window: int, seed: int, step: Callable[[str], None] = lambda _: None
+    model: ir.Model,
+    *,
+    tokens: int,
+    window: int,
+    seed: int,
+    sampling: Sampling = SAMPLING,
+    step: Callable[[str], None] = lambda _: None,
 ) -> Dataset:
     """Text that the model writes, as feeds of that model.
 
-    Every row starts with a token drawn uniformly from the vocabulary and goes on at temperature 1. Without a KV
-    cache rows are short, and several of them make a window; there is less text then.
+    Every row starts with a token drawn uniformly from the vocabulary. Without a KV cache rows are short, and several
+    of them make a window; there is less text then.
 
     Args:
         model: a causal language model.
         tokens: about how many tokens; whole windows are written, at least 10.
         window: tokens per run of the model, at most; shorter where longer ones would take too long.
         seed: the same seed gives the same text.
+        sampling: how tokens are drawn.
         step: told how far it is.
 
     Raises:
         UserError: the model cannot write, with the reason.
     """
-    return write_texts(model, tokens=[tokens], window=window, seed=seed, step=step)[0]
+    return write_texts(model, tokens=[tokens], window=window, seed=seed, sampling=sampling, step=step)[0]
 
 
 def write_texts(
@@ -52,6 +60,7 @@ def write_texts(
     tokens: Sequence[int],
     window: int,
     seed: int,
+    sampling: Sampling = SAMPLING,
     step: Callable[[str], None] = lambda _: None,
 ) -> list[Dataset]:
     """Several texts at once that share no row; else as `write_text`."""
@@ -63,7 +72,7 @@ def write_texts(
     counts = [max(FEWEST_RUNS, min(wanted, most) // (row * per_window)) for wanted in tokens]
     total = sum(counts) * per_window
     first = np.random.default_rng(seed).integers(0, decoder.vocabulary, (total, 1))
-    written = decoder.generate(first, row - 1, sampling=Sampling(), seed=seed, step=step)
+    written = decoder.generate(first, row - 1, sampling=sampling, seed=seed, step=step)
     windows = np.concatenate([first, written], axis=1).reshape(sum(counts), -1)
     parts = np.split(windows, np.cumsum(counts)[:-1])
     return [_dataset(model, decoder.roles.inputs.tokens, part) for part in parts]
