@@ -23,7 +23,7 @@ FEWEST_RUNS = 10  # statistics hold out every fifth run of the model
 LONGEST_ROW = 256
 # Without a cache a row of n tokens takes n runs over up to n tokens.
 LONGEST_ROW_UNCACHED = 32
-MOST_TOKENS_UNCACHED = 4096
+MOST_TOKENS_UNCACHED = 5120  # of all texts together
 
 
 def write_text(
@@ -68,8 +68,8 @@ def write_texts(
     window = min(window, LONGEST_ROW)
     row = window if decoder.cached else min(window, LONGEST_ROW_UNCACHED)
     per_window = window // row
-    most = max(tokens) if decoder.cached else MOST_TOKENS_UNCACHED
-    counts = [max(FEWEST_RUNS, min(wanted, most) // (row * per_window)) for wanted in tokens]
+    share = 1.0 if decoder.cached else min(1.0, MOST_TOKENS_UNCACHED / sum(tokens))
+    counts = [max(FEWEST_RUNS, int(share * wanted) // (row * per_window)) for wanted in tokens]
     total = sum(counts) * per_window
     first = np.random.default_rng(seed).integers(0, decoder.vocabulary, (total, 1))
     written = decoder.generate(first, row - 1, sampling=sampling, seed=seed, step=step)

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnx_autoglm.axes.structures import Structures
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.data import Dataset, load_dataset, token_feed
 from onnx_autoglm.decode import Sampling
@@ -30,8 +29,10 @@ from onnx_autoglm.options import PruningOptions
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.choose import candidates, choose
 from onnx_autoglm.passes.repair_weights import repair_weights
+from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.quality import measure
 from onnx_autoglm.self_text import write_text
+from onnx_autoglm.statistics import Key, Observed
 
 TEXTS = Path(__file__).parents[1] / "models" / "texts"
 
@@ -114,31 +115,25 @@ def _random(source: ir.Model, tokens: int, window: int) -> Dataset:
 
 
 def _pruned(source: ir.Model, data: Dataset, fractions: list[float]) -> Iterator[ir.Model]:
-    """The model without each fraction of its FFN channels: one look at the data serves all of them."""
-    known: Evidence | None = None
+    """The model without each fraction of its FFN channels; the data is looked at and scored once."""
+    scores: dict[str, Scores] = {}
+    observed: dict[Key, Observed] = {}
     for fraction in fractions:
         structures = analyse(source.clone())
-        options, asked = PruningOptions(), {"ffn-channel": fraction}
-        decisions = candidates(structures.found, asked, options, asked=True)
-        evidence = Evidence(structures, [decision.structure for decision in decisions])
-        if known is None:
+        asked = {"ffn-channel": fraction}
+        decisions = candidates(structures.found, asked, PruningOptions(), asked=True)
+        wanted = {decision.structure.id: decision.structure for decision in decisions if not decision.reason}
+        evidence = Evidence(structures, list(wanted.values()))
+        if not scores:
             evidence.observe(source, Data(data, None), lambda _: None)
-        else:
-            evidence.observed = known.observed
-        known = evidence
-        yield _cut(structures, evidence, asked, options)
-
-
-def _cut(
-    structures: Structures, evidence: Evidence, asked: dict[str, float], options: PruningOptions
-) -> ir.Model:
-    decisions = candidates(structures.found, asked, options, asked=True)
-    wanted = [decision.structure for decision in decisions if not decision.reason]
-    scores = score("obs", wanted, evidence, options.seed, lambda _: None)
-    selection, _ = choose(structures.found, scores, asked, options, decisions)
-    cut = apply_selection(structures, selection)
-    repair_weights(cut.model.graph, selection, evidence.consumers, evidence.observed, "affine")
-    return cut.model
+            observed = evidence.observed
+            found = score("obs", list(wanted.values()), evidence, 0, lambda _: None)
+            scores = {structure.id: row for structure, row in found.items()}
+        own = {structure: scores[name] for name, structure in wanted.items()}
+        selection, _ = choose(structures.found, own, asked, PruningOptions(), decisions)
+        cut = apply_selection(structures, selection)
+        repair_weights(cut.model.graph, selection, evidence.consumers, observed, "affine")
+        yield cut.model
 
 
 if __name__ == "__main__":
