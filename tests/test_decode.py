@@ -116,8 +116,10 @@ def test_where_the_graph_does_not_tell_the_order_does() -> None:
     joins = JOINS.replace("c =", "c0 =").replace("d =", "d0 =") + " d = Mul(d0, two) c = Mul(c0, two)"
     text = CACHED.format(b="batch", s="s", joins=joins.replace("Sub(c, d)", "Sub(c0, d0)"))
     text = text.replace("<float[16,4] table", "<int64 one, int64[1] one1, float two, float[16,4] table")
-    caches = decode_roles(model(text, weights={**CONSTANTS, "two": np.array(1, np.float32)})).caches
-    assert [(cache.input, cache.output) for cache in caches] == [("a", "d"), ("b", "c")]
+    source = model(text, weights={**CONSTANTS, "two": np.array(1, np.float32)})
+    assert [(cache.input, cache.output) for cache in decode_roles(source).caches] == [("a", "d"), ("b", "c")]
+    with pytest.raises(UserError, match="with its cache the model computes other scores"):
+        Decoder(source)  # here the order is wrong, and does not go unnoticed
     fewer = text.replace(", float[batch,q,4] c)", ")")
     with pytest.raises(UserError, match="cannot tell which output continues the cache 'a'"):
         decode_roles(model(fewer, weights={**CONSTANTS, "two": np.array(1, np.float32)}))
