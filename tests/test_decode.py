@@ -181,3 +181,29 @@ def test_progress_is_told() -> None:
     told: list[str] = []
     Decoder(cached()).generate(PROMPTS % 16, 3, step=told.append)
     assert told[-1] == "write text, row 1 of 3, token 3 of 3"
+
+
+FUSED = """
+g (int64[n,s] t, int32[n] k, int32 total, float[n,2,p,8] a, float[n,2,p,8] b)
+  => (float[n,s,16] y, float[n,2,q,8] c, float[n,2,q,8] d)
+<float[16,32] table, float[32,32] wq, float[32,16] wk, float[32,16] wv, float[32,16] head>
+{
+  e = Gather(table, t) x = MatMul(e, wq) f = MatMul(e, wk) v = MatMul(e, wv)
+  o, c, d = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(x, f, v, a, b, k, total)
+  r = Add(o, e) y = MatMul(r, head)
+}
+"""
+
+
+def test_an_attention_operator_that_counts_tokens() -> None:
+    source, prompts = model(FUSED), PROMPTS % 16
+    decoder = Decoder(source)
+    assert [cache.output for cache in decoder.roles.caches] == ["c", "d"]
+    session, text = Session(source), prompts
+    for _ in range(8):
+        length = text.shape[1]
+        empty = np.zeros((3, 2, 0, 8), np.float32)
+        counts = {"k": np.full(3, length - 1, np.int32), "total": np.array(length, np.int32)}
+        scores = session.run({"t": text, **counts, "a": empty, "b": empty})["y"]
+        text = np.concatenate([text, scores[:, -1].argmax(-1)[:, None]], axis=1)
+    assert np.array_equal(decoder.generate(prompts, 8), text[:, 4:])
