@@ -41,6 +41,21 @@ def test_no_options_are_the_defaults() -> None:
     assert collect({}) == Options()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "path"),
+    [
+        ("self", "self", None),
+        ("none", "none", None),
+        (None, "auto", None),
+        ("./self", Path("self"), Path("self")),
+        ("a.txt", Path("a.txt"), Path("a.txt")),
+    ],
+)
+def test_calibration_is_a_word_or_a_path(given: str | None, expected: object, path: Path | None) -> None:
+    data = collect({"calib": given}).data
+    assert data.calibration == expected and data.calibration_path == path
+
+
 def test_one_number_stands_for_the_usual_kinds() -> None:
     assert collect({"prune": 0.3}).pruning.sparsity_level == 0.3
 
