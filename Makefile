@@ -10,8 +10,8 @@ READY := $(VENV)/.ready
 
 # A real language model, pruned with the default options.
 demo: $(READY)
-	$(BIN)/python models/build.py smollm2-glm -o build/models
-	$(BIN)/onnx-autoglm optimize build/models/smollm2-glm/model.onnx -o build/demo
+	$(BIN)/python models/build.py smollm2-glm-kv -o build/models
+	$(BIN)/onnx-autoglm optimize build/models/smollm2-glm-kv/model.onnx -o build/demo
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -21,10 +21,14 @@ from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_obs import ScoreObs
 from onnx_autoglm.passes.score_random import ScoreRandom
 from onnx_autoglm.quality import compare, find_scores
+from onnx_autoglm.self_text import write_texts
 from onnx_autoglm.statistics import Key, Observed, observe
 
 Repair = Literal["affine", "bias", "none"]
 Progress = Callable[[str], None]
+
+OBSERVING = ("obs", "flap", "wanda")  # criteria that need calibration data
+HELD_OUT_TOKENS = 4096  # self-written text for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Data:
 
     calibration: Dataset | None
     evaluation: Dataset | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, model: ir.Model, path: Path, options: Options) -> Data:
@@ -41,7 +46,7 @@ class Data:
         Raises UserError for unreadable data, sets that share any, or a model that cannot be judged on them.
         """
         given = options.data
-        refuse_idle_preprocess(given.preprocess, (given.calibration, given.evaluation))
+        refuse_idle_preprocess(given.preprocess, (given.calibration_path, given.evaluation))
         beside = path.with_name("tokenizer.json")
         tokenizer = given.tokenizer or (beside if beside.is_file() else None)
 
@@ -57,13 +62,40 @@ class Data:
                 preprocess=given.preprocess,
             )
 
-        calibration = read(given.calibration, given.calibration_tokens)
+        calibration = read(given.calibration_path, given.calibration_tokens)
         evaluation = read(given.evaluation, given.evaluation_tokens)
         if calibration and evaluation and calibration.samples & evaluation.samples:
             raise UserError("--calib and --eval share data: quality would be measured on what was fitted")
         if evaluation:
             find_scores(model, evaluation)  # before any work is done
         return cls(calibration, evaluation)
+
+    def with_self_text(self, model: ir.Model, options: Options, progress: Progress) -> Data:
+        """With calibration text that the model wrote, and more of it for evaluation if there is none.
+
+        A model that cannot write leaves things as they are and a note, or raises UserError if the user asked for
+        `--calib self`.
+        """
+        given = options.data
+        tokens = [given.calibration_tokens] + [HELD_OUT_TOKENS] * (self.evaluation is None)
+        try:
+            calibration, *more = write_texts(
+                model, tokens=tokens, window=given.window, seed=options.pruning.seed, step=progress
+            )
+        except UserError as error:
+            if given.calibration == "self":
+                raise UserError(
+                    f"--calib self: {error}; pass --calib PATH (a text, or .npz samples)"
+                ) from error
+            note = f"no calibration data, and the model cannot write its own: {error}"
+            return dataclasses.replace(self, notes=(*self.notes, note))
+        note = (
+            f"criterion and repair learn from {calibration.rows:,} tokens that the model wrote itself; --calib takes a "
+            "text, or none"
+        )
+        held_out = [dataclasses.replace(part, name=f"{part.name}, held out") for part in more]
+        evaluation = held_out[0] if held_out else self.evaluation
+        return Data(calibration, evaluation, (*self.notes, note))
 
     def described(self) -> dict[str, Any] | None:
         return None if self.calibration is None else _described(self.calibration)
@@ -88,6 +120,12 @@ class Data:
 
 def _described(data: Dataset) -> dict[str, Any]:
     return {"name": data.name, "sha256": data.sha256, "rows": data.rows}
+
+
+def wants_self_text(options: Options) -> bool:
+    """Whether anything learns from data, and none is given."""
+    learns = options.pruning.algorithm in ("auto", *OBSERVING) or options.repair != "none"
+    return learns and options.data.calibration in ("auto", "self")
 
 
 class Evidence:

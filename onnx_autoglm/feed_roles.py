@@ -47,6 +47,16 @@ POSITIONS: dict[tuple[str, str, int], tuple[int, int | None]] = {
     ("com.microsoft", "GroupQueryAttention", 9): (7, 0),
 }
 
+POSITION_ROWS = 32  # a table of positions has at least so many rows, one of token types fewer
+
+# Sequence lengths that an operator reads: whether past and new tokens count (or the past alone), and what is added.
+LENGTHS: dict[tuple[str, str, int], tuple[bool, int]] = {
+    ("com.microsoft", "GroupQueryAttention", 5): (True, -1),
+    ("com.microsoft", "GroupQueryAttention", 6): (True, 0),
+    ("", "Attention", 6): (True, 0),
+    ("", "TensorScatter", 2): (False, 0),
+}
+
 # Operators that read an integer as a mask: one means "attend".
 MASKS = frozenset({"And", "CumSum", "Equal", "Greater", "GreaterOrEqual", "Less", "Not", "Or", "ReduceSum"})
 MASK_SLOTS = frozenset({("com.microsoft", "Attention", 3), ("com.microsoft", "MultiHeadAttention", 4)})
@@ -171,6 +181,12 @@ def is_position(use: Use) -> bool:
     return constant is not None and constant.size > 1
 
 
+def _looks_up_positions(use: Use) -> bool:
+    """Whether the integers look up a table with a row per position; a shorter one holds types of tokens."""
+    limit = limit_of(use, RANDOM_INDICES, {})
+    return use.key in POSITIONS or (limit is not None and limit >= POSITION_ROWS)
+
+
 def is_mask(use: Use) -> bool:
     node = use.node
     if node.op_type == "Cast":
@@ -193,8 +209,8 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
 class TokenRoles:
     """What the inputs of a language model are for.
 
-    `tokens` looks up the largest table, of `vocabulary` rows; `past_symbols` are the lengths of caches.
-    `batch` and `length` are the sizes of its axes where they are fixed.
+    `tokens` looks up the largest table, of `vocabulary` rows; `past_symbols` are the lengths of caches; `lengths` are
+    inputs that count tokens. `batch` and `length` are the sizes of its axes where they are fixed.
     """
 
     tokens: str
@@ -202,6 +218,7 @@ class TokenRoles:
     sequence_symbol: str | None
     positions: tuple[str, ...]
     masks: tuple[str, ...]
+    lengths: tuple[str, ...]
     past_symbols: tuple[str, ...]
     batch: int | None
     length: int | None
@@ -226,9 +243,10 @@ def token_roles(model: ir.Model) -> TokenRoles | None:
         return None
     vocabulary, tokens = max(tables, key=lambda item: item[0])
     assert tokens.shape is not None
-    length = tokens.shape[1]
+    rows, length = tokens.shape
+    batch = rows.value if isinstance(rows, ir.SymbolicDim) else None
     sequence = str(length.value) if isinstance(length, ir.SymbolicDim) and length.value else None
-    positions, masks, past = [], [], []
+    positions, masks, lengths, past = [], [], [], []
     for value in fed_inputs(model):
         if value is tokens or value.dtype is None or value.shape is None:
             continue
@@ -236,9 +254,13 @@ def token_roles(model: ir.Model) -> TokenRoles | None:
             past += [
                 str(dim.value)
                 for axis, dim in enumerate(value.shape)
-                if axis and isinstance(dim, ir.SymbolicDim) and dim.value not in (None, sequence)
+                if (axis or batch)
+                and isinstance(dim, ir.SymbolicDim)
+                and dim.value not in (None, sequence, batch)
             ]
-        elif any(is_position(use) for use in uses_of(value)):
+        elif any(use.key in LENGTHS for use in uses_of(value)):
+            lengths.append(value.name or "")
+        elif any(is_position(use) or _looks_up_positions(use) for use in uses_of(value)):
             positions.append(value.name or "")
         else:
             masks.append(value.name or "")
@@ -248,6 +270,7 @@ def token_roles(model: ir.Model) -> TokenRoles | None:
         sequence,
         tuple(positions),
         tuple(masks),
+        tuple(lengths),
         tuple(dict.fromkeys(past)),
         *(size if isinstance(size, int) else None for size in tokens.shape),
     )

@@ -142,35 +142,37 @@ def _bytes_of(text: Any) -> Any:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
-Share = Annotated[float, BeforeValidator(_fraction_of)]
+Share = Annotated[float, BeforeValidator(_fraction_of), Field(gt=0, lt=1)]
+Bytes = Annotated[int, BeforeValidator(_bytes_of), Field(gt=0)]
+Factor = Annotated[float, Field(gt=1)]
 
 
 class BudgetOptions(_Options):
     """A target for the whole model: structures of several kinds and layers compete for what may stay."""
 
-    keep: Annotated[Share | None, Field(gt=0, lt=1)] = Field(
+    keep: Share | None = Field(
         default=None,
         description="Keep this fraction of the parameters of the kinds that compete, chosen jointly over kinds and "
         "layers by what each cut does to the outputs. Not with --prune.",
         json_schema_extra=_flag("--keep", "FRACTION"),
     )
-    flops: Annotated[Share | None, Field(gt=0, lt=1)] = Field(
+    flops: Share | None = Field(
         default=None,
         description="The same for the FLOPs of the whole model: 0.75 keeps three quarters.",
         json_schema_extra=_flag("--flops", "FRACTION"),
     )
-    size: Annotated[int | None, BeforeValidator(_bytes_of), Field(gt=0)] = Field(
+    size: Bytes | None = Field(
         default=None,
         description="The same for the bytes of all weights, for example 200MB.",
         json_schema_extra=_flag("--size", "BYTES"),
     )
-    speedup: Annotated[float | None, Field(gt=1)] = Field(
+    speedup: Factor | None = Field(
         default=None,
         description="The same for time in ONNX Runtime on this machine: 1.5 is 1.5 times faster. Measured before "
         "and after; a promise that is missed by more than 5 % is an error.",
         json_schema_extra=_flag("--speedup", "FACTOR"),
     )
-    max_loss: Annotated[Share | None, Field(gt=0)] = Field(
+    max_loss: Share | None = Field(
         default=None,
         description="The most that quality may fall on the evaluation data, for example 2% of perplexity. Alone it "
         "sets the budget: as much goes as it allows. With another budget it is a limit, and missing it an error.",
@@ -229,16 +231,19 @@ _TARGETS = ("keep", "flops", "size", "speedup")
 class DataOptions(_Options):
     """What the choice and the repair may learn from, and what quality is measured on."""
 
-    calibration: Path | None = Field(
-        default=None,
+    calibration: Literal["auto", "self", "none"] | Path = Field(
+        default="auto",
         description="Calibration data: a text file, .npz samples, polygraphy's .json, a folder of one of these, a "
-        "folder of .npy files (one per input), or of images. Never the data of --eval.",
-        json_schema_extra=_flag("--calib", "PATH"),
+        "folder of .npy files (one per input), or of images (never the data of --eval); self: text that the model writes "
+        "itself; none. auto is self for a language model that can write, if the criterion or the repair learns from "
+        "data, and none otherwise.",
+        json_schema_extra=_flag("--calib", "PATH|self|none"),
     )
     evaluation: Path | None = Field(
         default=None,
         description="Data to measure source and result on: perplexity on a text, top-1 and top-5 on samples with an "
-        "array 'labels' or images in one folder per class, and on all data how often both agree.",
+        "array 'labels' or images in one folder per class, and on all data how often both agree. With self-written "
+        "calibration text the default is more of that.",
         json_schema_extra=_flag("--eval", "PATH"),
     )
     tokenizer: Path | None = Field(
@@ -267,6 +272,11 @@ class DataOptions(_Options):
         "shape of the input.",
         json_schema_extra=_flag("--preprocess", "KEY=VALUE,..."),
     )
+
+    @property
+    def calibration_path(self) -> Path | None:
+        """Where calibration data is read from, if it is."""
+        return self.calibration if isinstance(self.calibration, Path) else None
 
 
 TOLERANCE = 1e-4  # relative, per output: rounding of float32 through a deep network

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,26 +29,18 @@ def staging(folder: Path) -> Iterator[Path]:
         raise UserError(f"{folder / blocked} is a folder: choose another output folder")
     parent = folder if folder.is_dir() else folder.parent
     created = [path for path in (parent, *parent.parents) if not path.exists()]
-    staged: Path | None = None
+    # Named before it is made: an interrupt between the two leaves nothing that is not removed.
+    staged = parent / f".{folder.name}.partial-{secrets.token_hex(6)}"
     try:
         with explained(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
-            # Made for this user alone; the result has the usual permissions of a new folder.
-            staged.chmod(0o777 & ~_umask())
+            staged.mkdir()
             yield staged
     finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
         for path in created:
             with contextlib.suppress(OSError):
                 path.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.evidence import Data, Evidence, score
+from onnx_autoglm.evidence import OBSERVING, Data, Evidence, score, wants_self_text
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
 from onnx_autoglm.options import TOLERANCE, Options, collect
@@ -27,21 +27,20 @@ from onnx_autoglm.output import publish, staging
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
-from onnx_autoglm.passes.choose import candidates, choose, shortfalls
+from onnx_autoglm.passes.choose import choose, shortfalls
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
 from onnx_autoglm.targets import (
+    decisions_for,
     default_budget,
-    fractions_of,
     has_budget,
     measurable,
     methods_of,
     refuse_loss,
     refuse_nothing,
-    refuse_the_impossible,
     refuse_unknown_layers,
 )
 from onnx_autoglm.upcast import needs_upcast, upcast
@@ -88,21 +87,24 @@ def optimize(
         canonicalize(source)
         feeds = None if options.check.inputs is None else load_feeds(options.check.inputs, source)
         data = Data.load(source, source_path, options)
-        criterion, repair = methods_of(options, data)
     with clock("infer axes") as effect:
         structures = analyse(source.clone())
         before = figures(source, source_path, count_flops(structures.analysis), nodes)
         before.sha256 = sha256(source_path)
         effect["structures"] = len(structures.found)
-    options, notes = default_budget(options, data)
-    fractions, asked, more = fractions_of(structures, options)
-    notes += more
-    decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
     refuse_unknown_layers(options, structures)
-    refuse_the_impossible(decisions, fractions, structures, asked=asked)
+    decisions_for(structures, options)  # what is impossible is refused before the long part
+    if wants_self_text(options):
+        with clock("write text") as effect:
+            data = data.with_self_text(source, options, progress)
+            effect["tokens"] = 0 if data.calibration is None else data.calibration.rows
+    criterion, repair = methods_of(options, data)
+    options, notes = default_budget(options, data)
+    decisions, fractions, asked, more = decisions_for(structures, options)
+    notes = [*notes, *more, *data.notes]
     wanted = [decision.structure for decision in decisions if not decision.reason]
     evidence = Evidence(structures, wanted)
-    if criterion in ("obs", "flap", "wanda") or repair != "none":
+    if criterion in OBSERVING or repair != "none":
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data, progress))
     with clock("score") as effect:
@@ -111,7 +113,7 @@ def optimize(
         blind = Counter(
             structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
         )
-        if criterion in ("obs", "flap", "wanda"):
+        if criterion in OBSERVING:
             notes += [f"{n} x {kind} scored by norm: no consumer to observe" for kind, n in blind.items()]
     outcome: Outcome | None = None
     with clock("choose") as effect:

@@ -95,6 +95,20 @@ class Session:
             raise UserError(f"ONNX Runtime cannot run the model: {_core_message(error)}") from error
         return {name: _from_ort(result) for name, result in zip(names, results, strict=True)}
 
+    def run_values(
+        self, feeds: "dict[str, np.ndarray | onnxruntime.OrtValue]", outputs: Sequence[str]
+    ) -> "list[onnxruntime.OrtValue]":
+        """Compute `outputs` as values of ONNX Runtime, which can be fed again without a copy.
+
+        Raises:
+            UserError: the graph does not run on these feeds.
+        """
+        try:
+            values = {n: _to_ort(v) if isinstance(v, np.ndarray) else v for n, v in feeds.items()}
+            return list(self._session.run_with_ort_values(list(outputs), values))
+        except Exception as error:
+            raise UserError(f"ONNX Runtime cannot run the model: {_core_message(error)}") from error
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -8,9 +8,9 @@ from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.budget import USUAL_KINDS
 from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.evidence import Data, Evidence, Repair
+from onnx_autoglm.evidence import OBSERVING, Data, Evidence, Repair
 from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
-from onnx_autoglm.passes.choose import BY_CHOICE, Decision
+from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates
 from onnx_autoglm.passes.score_norm import Scores
 
 
@@ -25,6 +25,19 @@ def default_budget(options: Options, data: Data) -> tuple[Options, list[str]]:
     budget = options.budget.model_copy(update={"keep": 1 - DEFAULT_FRACTION})
     note = "no target given: removing a quarter of the parameters of heads and channels, where it costs least"
     return options.model_copy(update={"budget": budget}), [note]
+
+
+def decisions_for(
+    structures: Structures, options: Options
+) -> tuple[list[Decision], dict[str, float], bool, list[str]]:
+    """What may be cut, the fraction of each kind, whether the user named the kinds, and notes.
+
+    Raises UserError if nothing can be cut, or nothing of a kind that the user asked for.
+    """
+    fractions, asked, notes = fractions_of(structures, options)
+    decisions = candidates(structures.found, fractions, options.pruning, asked=asked)
+    refuse_the_impossible(decisions, fractions, structures, asked=asked)
+    return decisions, fractions, asked, notes
 
 
 def measurable(
@@ -113,7 +126,8 @@ def methods_of(options: Options, data: Data) -> tuple[str, Repair]:
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
-    if not given and (criterion in ("obs", "flap", "wanda") or repair != "none"):
-        what = criterion if criterion in ("obs", "flap", "wanda") else f"repair {repair}"
-        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images)")
+    if not given and (criterion in OBSERVING or repair != "none"):
+        what = criterion if criterion in OBSERVING else f"repair {repair}"
+        why = f" ({data.notes[0]})" if data.notes else ""
+        raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images){why}")
     return criterion, repair

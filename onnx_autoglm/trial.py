@@ -106,7 +106,7 @@ class Trial:
         _, divergence, likelihood, correct = total / max(total[0], 1)
         if not math.isfinite(divergence):
             return Loss(math.inf, math.inf, 0.0)
-        return Loss(divergence, likelihood, correct)
+        return Loss(float(divergence), float(likelihood), float(correct))
 
     def _weights(self, slot: _Slot, selection: Selection, quick: bool) -> Arrays:
         consumer, source = slot.consumer, slot.source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recipes
@@ -13,6 +14,7 @@ from onnx_autoglm import UserError, check, inspect, optimize
 
 ROOT = Path(__file__).parents[1] / "build" / "models"
 HALF = ("query-head", "ffn-channel", "expert-channel", "conv-channel")
+PLAIN: dict[str, Any] = {"criterion": "l2", "repair": "none"}  # by norms: no text is written to learn from
 QUICK = [
     "glm-gqa-op20",
     "glm-gqa-op18-kv",
@@ -40,7 +42,7 @@ def free_kinds(model: Path) -> Counter[str]:
 
 def halve(model: Path, out: Path) -> None:
     kinds = free_kinds(model)
-    report = optimize(model, out, prune={kind: 0.5 for kind in HALF if kind in kinds})
+    report = optimize(model, out, prune={kind: 0.5 for kind in HALF if kind in kinds}, **PLAIN)
     assert report.result.parameters < 0.85 * report.source.parameters
     assert report.check["relative_difference"] <= 1e-4
     assert not [note for note in report.notes if "checker" in note]
@@ -66,7 +68,7 @@ def test_every_kind_by_itself(name: str, tmp_path: Path) -> None:
     model = built(name)
     for kind in free_kinds(model):
         out = tmp_path / kind
-        report = optimize(model, out, prune={kind: 0.5})
+        report = optimize(model, out, prune={kind: 0.5}, **PLAIN)
         assert report.check["relative_difference"] <= 1e-4, kind
         assert report.result.parameters < report.source.parameters, kind
         check(model, out / "plan.json", out / "model.onnx")
@@ -102,7 +104,7 @@ def test_the_exporter_does_not_change_what_is_found() -> None:
 def test_kv_groups_change_the_cache_and_the_plan_says_so(tmp_path: Path) -> None:
     import onnx
 
-    optimize(built("glm-gqa-op18-kv"), tmp_path / "out", prune={"kv-group": 0.5})
+    optimize(built("glm-gqa-op18-kv"), tmp_path / "out", prune={"kv-group": 0.5}, **PLAIN)
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     assert {cut["name"] for cut in plan["interfaces"]} >= {"past_key_values.0.key", "present.1.value"}
     assert all(entry["interface"] for entry in plan["structures"])
@@ -112,7 +114,7 @@ def test_kv_groups_change_the_cache_and_the_plan_says_so(tmp_path: Path) -> None
 
 def test_caches_stay_unless_asked_for(tmp_path: Path) -> None:
     """By default the query heads of an MHA model stay: they are its KV groups as well."""
-    report = optimize(built("glm-mha-bias-op18-kv"), tmp_path / "out")
+    report = optimize(built("glm-mha-bias-op18-kv"), tmp_path / "out", **PLAIN)
     heads = [entry for entry in report.structures if entry.kind == "query-head"]
     assert all(entry.kept == entry.size and "ask with --prune query-head" in entry.reason for entry in heads)
     assert any(entry.kept < entry.size for entry in report.structures if entry.kind == "ffn-channel")
@@ -126,16 +128,19 @@ def test_residual_streams_of_a_resnet(tmp_path: Path) -> None:
 
 def test_a_pruned_model_is_not_pruned_by_its_old_plan(tmp_path: Path) -> None:
     model, out = built("glm-gqa-op20"), tmp_path / "out"
-    optimize(model, out, prune={"ffn-channel": 0.5})
+    optimize(model, out, prune={"ffn-channel": 0.5}, **PLAIN)
     with pytest.raises(UserError, match="is not the source"):
         check(out / "model.onnx", out / "plan.json", out / "model.onnx")
 
 
 def test_pruning_twice(tmp_path: Path) -> None:
     """The result is an ordinary model: its own heads and channels are found and cut again."""
-    optimize(built("glm-gqa-op20"), tmp_path / "once", prune={"query-head": 0.5, "ffn-channel": 0.5})
+    optimize(built("glm-gqa-op20"), tmp_path / "once", prune={"query-head": 0.5, "ffn-channel": 0.5}, **PLAIN)
     report = optimize(
-        tmp_path / "once/model.onnx", tmp_path / "twice", prune={"query-head": 0.5, "ffn-channel": 0.5}
+        tmp_path / "once/model.onnx",
+        tmp_path / "twice",
+        prune={"query-head": 0.5, "ffn-channel": 0.5},
+        **PLAIN,
     )
     kept = Counter(
         (entry.kind, entry.size, entry.kept) for entry in report.structures if entry.kept < entry.size

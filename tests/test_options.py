@@ -41,6 +41,21 @@ def test_no_options_are_the_defaults() -> None:
     assert collect({}) == Options()
 
 
+@pytest.mark.parametrize(
+    ("given", "expected", "path"),
+    [
+        ("self", "self", None),
+        ("none", "none", None),
+        (None, "auto", None),
+        ("./self", Path("self"), Path("self")),
+        ("a.txt", Path("a.txt"), Path("a.txt")),
+    ],
+)
+def test_calibration_is_a_word_or_a_path(given: str | None, expected: object, path: Path | None) -> None:
+    data = collect({"calib": given}).data
+    assert data.calibration == expected and data.calibration_path == path
+
+
 def test_one_number_stands_for_the_usual_kinds() -> None:
     assert collect({"prune": 0.3}).pruning.sparsity_level == 0.3
 
@@ -60,3 +75,12 @@ def test_a_bad_configuration_is_named(tmp_path: Path, text: str, expected: str) 
     config.write_text(text)
     with pytest.raises(UserError, match=expected):
         collect({"criterion": "l1"}, config)
+
+
+def test_options_survive_a_round_trip() -> None:
+    """A dump has explicit nulls, which must be as good as nothing."""
+    from onnx_autoglm.options import make_options
+
+    options = collect({"speedup": 1.5, "max_loss": "2%"})
+    assert make_options(options.model_dump(mode="json"), "dump") == options
+    assert options.budget.max_loss == 0.02

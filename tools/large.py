@@ -59,7 +59,7 @@ def _prune(model: Path, scratch: Path) -> tuple[float, float, list[dict[str, flo
     os.sync()
     started = time.perf_counter()
     command = [sys.executable, "-m", "onnx_autoglm", "optimize", str(model), "-o", str(scratch), "--quiet"]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([*command, "--criterion", "l2", "--repair", "none"])
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, _anonymous(process.pid))

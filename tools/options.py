@@ -50,7 +50,8 @@ def page() -> str:
 
 def _row(flag: Flag) -> str:
     kind, default = flag.field.annotation, flag.field.default
-    value = flag.metavar or ("\\|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else "")
+    choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+    value = (flag.metavar or choices).replace("|", "\\|")
     name = f"`{flag.name}`" + (f" {value}" if value else "")
     shown = "" if default in (None, (), {}) else f"`{default}`"
     return f"| {name} | `{'.'.join(flag.path)}` | {shown} | {flag.field.description} |"

@@ -105,7 +105,8 @@ def _prune(model: Path, fractions: dict[str, float]) -> dict[str, Any]:
     prune = ",".join(f"{kind}={fraction}" for kind, fraction in fractions.items())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        done = _run("optimize", str(model), "-o", str(out), "--prune", prune, "--tolerance", str(TOLERANCE))
+        words = ["--prune", prune, "--criterion", "l2", "--repair", "none", "--tolerance", str(TOLERANCE)]
+        done = _run("optimize", str(model), "-o", str(out), *words)
         if done.returncode:
             return {"passed": False, "message": done.stderr.strip(), "removed": 0.0}
         report = json.loads((out / "report.json").read_text())
