@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -22,11 +22,12 @@ from onnx_autoglm.passes.ladder import keep_best
 from onnx_autoglm.passes.price import DEPTHS, LossCurve, price
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.resources import Resource, resource_of, unit_costs
+from onnx_autoglm.statistics import HELD_OUT
 from onnx_autoglm.trial import Loss, Trial
 
 Progress = Callable[[str], None]
 USUAL_KINDS = ("query-head", "ffn-channel", "expert-channel", "conv-channel")
-_PRICE_TOKENS = 1024  # of calibration data, on which the losses of single cuts are measured
+_PRICE_TOKENS = 1536  # of calibration data, on which the losses of single cuts are measured
 _SEARCH_RUNS = 8  # of evaluation data, while a loss is searched for
 _CLOSE, _PROMISE = 0.005, 0.05  # how near a target must be met: by counting, by the clock
 _FIELDS = {
@@ -67,21 +68,21 @@ class Spender:
         self.curves = self._price()
 
     def _price(self) -> dict[Structure, LossCurve]:
-        """Losses measured on the end of the calibration data; without data the scores must do."""
+        """Losses measured on held-out calibration data; without data the scores must do."""
         trial = None
         if self.data.calibration is not None:
             window = max(1, self.data.calibration.rows // max(len(self.data.calibration.feeds), 1))
-            runs = max(1, _PRICE_TOKENS // window)
-            trial = self._trial(self.data.calibration, runs)
+            held_out = range(HELD_OUT - 1, len(self.data.calibration.feeds), HELD_OUT)
+            trial = self._trial(self.data.calibration, _spread(held_out, _PRICE_TOKENS // window))
         return price(trial, self.scores, DEPTHS, self.options.pruning, self.progress)
 
-    def _trial(self, data: Dataset, runs: int) -> Trial:
+    def _trial(self, data: Dataset, numbers: Sequence[int]) -> Trial:
         return Trial(
             self.model,
             self.evidence.consumers,
             self.evidence.observed,
             data,
-            runs=runs,
+            numbers=numbers,
             repair=self.repair,
             step=self.progress,
         )
@@ -163,7 +164,7 @@ class Spender:
         resource = resource_of("parameters", self.structures)
         costs = unit_costs(list(self.curves), resource)
         competing = sum(costs[s] * s.size for s in self.curves)
-        short = self._trial(evaluation, min(_SEARCH_RUNS, len(evaluation.feeds)))
+        short = self._trial(evaluation, _spread(range(len(evaluation.feeds)), _SEARCH_RUNS))
         base = short.measure(Selection())
         low, high = 0.0, 0.9
         for round_ in range(7):
@@ -173,7 +174,7 @@ class Spender:
             loss = _worse(base, short.measure(self.selection(counts), quick=True), evaluation.metric)
             low, high = (share, high) if loss <= limit else (low, share)
         del short
-        full = self._trial(evaluation, len(evaluation.feeds))
+        full = self._trial(evaluation, range(len(evaluation.feeds)))
         base = full.measure(Selection())
         share = low
         for _ in range(8):
@@ -227,6 +228,12 @@ class Spender:
         if self.budget.uniform:
             result["config"] = config_fields(self.structures, counts)
         return result
+
+
+def _spread(numbers: range, count: int) -> list[int]:
+    """At most `count` of the numbers, at least one, from all over."""
+    count = min(max(count, 1), len(numbers))
+    return [numbers[(2 * index + 1) * len(numbers) // (2 * count)] for index in range(count)]
 
 
 def _worse(before: Loss, after: Loss, metric: str) -> float:

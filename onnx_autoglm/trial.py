@@ -55,11 +55,11 @@ class Trial:
         observed: Mapping[Key, Observed],
         data: Dataset,
         *,
-        runs: int,
+        numbers: Sequence[int],
         repair: Repair,
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Runs the source once on the last `runs` feeds of `data`.
+        """Runs the source once on the feeds of `data` with the given numbers.
 
         Args:
             model: the canonical source; it is only read.
@@ -80,10 +80,9 @@ class Trial:
         source = self._reference.source
         source = upcast(source) if needs_upcast(source) else source
         session = Session(source, optimize=True)
-        numbers = range(max(len(data.feeds) - runs, 0), len(data.feeds))
         feeds = []
-        for number in numbers:
-            step(f"trial, source {number - numbers.start + 1} of {len(numbers)}")
+        for count, number in enumerate(numbers, 1):
+            step(f"trial, source {count} of {len(numbers)}")
             feed = data.feeds[number]
             outputs = session.run({name: feed[name] for name in session.input_names if name in feed})
             feeds.append(self._reference.remember(feed, outputs, data.targets(number)))

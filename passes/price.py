@@ -18,7 +18,7 @@ from onnx_autoglm.passes.ladder import Ladder, keep_best
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.trial import Trial
 
-DEPTHS = (0.15, 0.35, 0.65)
+DEPTHS = (0.2, 0.5)
 # Above this share of a structure the scores are no longer errors that one would accept.
 _DEEPEST = 0.9
 

@@ -71,7 +71,9 @@ class Scene:
         self.consumers = [c for c in find_consumers(self.found) if c.initializer.name in ("b0", "b1")]
         self.data = tokens()
         self.observed = observe(self.source, [c.contraction for c in self.consumers], self.data)
-        self.trial = Trial(self.source, self.consumers, self.observed, self.data, runs=4, repair=repair)  # type: ignore[arg-type]
+        self.trial = Trial(
+            self.source, self.consumers, self.observed, self.data, numbers=range(6, 10), repair=repair
+        )  # type: ignore[arg-type]
         rng = np.random.default_rng(1)
         self.scores = {s: rng.random(s.size) for s in self.structures}
 
@@ -115,7 +117,9 @@ def test_a_trial_without_tokens_measures_the_outputs() -> None:
     feeds = tuple(
         {"x": np.random.default_rng(n).standard_normal((50, 6)).astype(np.float32)} for n in range(5)
     )
-    trial = Trial(source, find_consumers(found), {}, Dataset("x", "", 250, feeds), runs=2, repair="none")
+    trial = Trial(
+        source, find_consumers(found), {}, Dataset("x", "", 250, feeds), numbers=[3, 4], repair="none"
+    )
     selection = Selection()
     keep_best(selection, structure, np.arange(12.0), 6)
     cut = apply_selection(found, selection)
