@@ -33,7 +33,7 @@ from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
-from onnx_autoglm.targets import (
+from onnx_autoglm.request import (
     decisions_for,
     default_budget,
     has_budget,
