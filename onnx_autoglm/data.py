@@ -21,6 +21,9 @@ from onnx_autoglm.feeds import generate_feeds
 
 Arrays = dict[str, np.ndarray]
 
+RUNS = 20  # a batch is split into about as many: statistics hold some runs out
+RUN_BYTES = 16 << 20  # of inputs, at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -82,13 +85,31 @@ def _files(path: Path) -> list[Path]:
 
 
 def _arrays(path: Path, files: list[Path], model: ir.Model) -> Dataset:
-    feeds = tuple(load_feeds(file, model) for file in files)
+    pieces = -(-RUNS // len(files))
+    feeds = tuple(feed for file in files for feed in _split(load_feeds(file, model), model, pieces))
     digest = hashlib.sha256()
     for feed in feeds:
         for name in sorted(feed):
             digest.update(np.ascontiguousarray(feed[name]).tobytes())
     rows = sum(next(iter(feed.values())).shape[0] for feed in feeds if feed)
     return Dataset(path.name, digest.hexdigest(), rows, feeds)
+
+
+def _split(feed: Arrays, model: ir.Model, pieces: int) -> list[Arrays]:
+    """A large batch as several, if all inputs share a symbolic first axis; else the feed as it is."""
+    declared = {value.name: value.shape for value in model.graph.inputs}
+    shapes = [declared.get(name) for name in feed]
+    batches = {str(shape[0]) if shape and not isinstance(shape[0], int) else None for shape in shapes}
+    counts = {array.shape[0] if array.ndim else 0 for array in feed.values()}
+    if len(batches) != 1 or batches & {None, "None"} or len(counts) != 1:
+        return [feed]
+    (count,) = counts
+    row = sum(array.nbytes for array in feed.values()) / max(count, 1)
+    size = max(1, min(-(-count // pieces), int(RUN_BYTES / max(row, 1))))
+    return [
+        {name: array[start : start + size] for name, array in feed.items()}
+        for start in range(0, max(count, 1), size)
+    ]
 
 
 def _texts(

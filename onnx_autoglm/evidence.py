@@ -12,13 +12,14 @@ import onnx_ir as ir
 from onnx_autoglm.axes.dims import leaves
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.consumers import find_consumers
-from onnx_autoglm.data import Dataset, load_dataset
+from onnx_autoglm.data import Arrays, Dataset, load_dataset
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import Options
 from onnx_autoglm.passes.score_activation import ScoreActivation
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_obs import ScoreObs
 from onnx_autoglm.passes.score_random import ScoreRandom
+from onnx_autoglm.plan import Plan, cut_arrays
 from onnx_autoglm.quality import measure
 from onnx_autoglm.statistics import Key, Observed, observe
 
@@ -52,6 +53,11 @@ class Data:
         if evaluation and evaluation.token_input is None:
             raise UserError("quality is measured as perplexity: pass a text with --eval, not samples")
         return cls(calibration, evaluation)
+
+    def pairs(self, plan: Plan) -> list[tuple[Arrays, Arrays]]:
+        """The calibration set, each feed as the source and as the pruned model take it."""
+        assert self.calibration is not None
+        return [(feed, cut_arrays(feed, plan.interfaces)) for feed in self.calibration]
 
     def described(self) -> dict[str, Any] | None:
         return None if self.calibration is None else _described(self.calibration)

@@ -29,7 +29,7 @@ from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates, choose, shortfalls
 from onnx_autoglm.passes.repair_weights import repair_weights
-from onnx_autoglm.plan import Plan, cut_arrays, sha256
+from onnx_autoglm.plan import Plan, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
@@ -89,7 +89,7 @@ def optimize(
     _refuse_the_impossible(decisions, fractions, structures, asked=asked)
     wanted = [decision.structure for decision in decisions if not decision.reason]
     evidence = Evidence(structures, wanted)
-    if criterion in ("obs", "flap", "wanda") or repair != "none":
+    if criterion in ("obs", "flap", "wanda"):
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data, progress))
     with clock("score") as effect:
@@ -155,7 +155,14 @@ def optimize(
         if repair != "none":
             with clock("repair weights") as effect:
                 repaired = repair_weights(
-                    cut.model.graph, selection, evidence.consumers, evidence.observed, repair, progress
+                    source,
+                    cut.model,
+                    selection,
+                    evidence.consumers,
+                    data.pairs(plan),
+                    repair,
+                    progress,
+                    staged,
                 )
                 effect["consumers"] = sum(entry["repaired"] for entry in repaired)
             with clock("write repaired"):
@@ -328,7 +335,7 @@ def _existing(path: Path) -> Path:
 def _refuse_what_does_not_run(model: ir.Model, data: Data, plan: Plan) -> None:
     """A repaired model must run on the data and give finite numbers."""
     assert data.calibration is not None
-    feed = cut_arrays(next(iter(data.calibration)), plan.interfaces)
+    _, feed = data.pairs(plan)[0]
     try:
         outputs = Session(upcast(model) if needs_upcast(model) else model).run(feed)
     except UserError as error:
