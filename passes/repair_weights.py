@@ -24,7 +24,7 @@ from onnx_autoglm.patches import patches, spread_out
 from onnx_autoglm.regression import Line, Matrix, Sums, error, ridge
 from onnx_autoglm.sliced_tensor import SlicedTensor
 from onnx_autoglm.statistics import HELD_OUT
-from onnx_autoglm.sums import Target, find_target
+from onnx_autoglm.targets import Target, find_target
 from onnx_autoglm.walk import Walk
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -86,7 +86,7 @@ def repair_weights(
             step(f"repair {_name(job.consumer)}")
             before.reach(job.outputs, keep=(name for later in jobs[index:] for name in later.outputs))
             after.reach([job.activation])
-            fit = _fit(_sums(job, before, after), mode)
+            fit = _fit(_observe(job, before, after), mode)
             done.append({"consumer": _name(job.consumer), **_described(fit)})
             if fit.line is not None:
                 _write(pruned.graph, job.consumer, fit.line)
@@ -150,8 +150,15 @@ def _is_shared(consumer: Consumer) -> bool:
 # --- data
 
 
-def _sums(job: _Job, before: Walk, after: Walk) -> tuple[Sums, Sums]:
-    """Inputs and errors of a consumer: those to fit on, and those held out."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Evidence:
+    fitted: Sums
+    held_out: Sums
+    variance: float  # of the output, summed over its channels
+
+
+def _observe(job: _Job, before: Walk, after: Walk) -> _Evidence:
+    """Inputs and errors of a consumer."""
     node, tensor = job.consumer.contraction.node, job.consumer.initializer.const_value
     assert isinstance(tensor, SlicedTensor)
     channels = tensor.kept.get(1 - job.consumer.axis)  # of the output, that stay
@@ -159,26 +166,32 @@ def _sums(job: _Job, before: Walk, after: Walk) -> tuple[Sums, Sums]:
     shape = tensor.shape.numpy()
     kernel = shape[2:]
     outputs = shape[1 - job.consumer.axis]
-    result = tuple(Sums(tensor.size // outputs, outputs) for _ in range(2))
+    parts = [Sums(tensor.size // outputs, outputs) for _ in range(2)]
+    spread = Sums(0, outputs)
     runs = len(before)
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array if channels is None else np.take(array, channels, axis=axis)
+
+    def as_rows(array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array, axis, -1).reshape(-1, outputs)
+
     output, end = job.outputs
     pairs = zip(before.values([output, end]), after.values([job.activation, output, end]), strict=True)
     for run, (expected, actual) in enumerate(pairs, 1):
         # A sum that broadcasts has no row for each row of the consumer.
         meets = actual[output].shape == actual[end].shape
         place, scale = (end, job.target.scale()) if meets else (output, np.float32(1))
-        goal, found = expected[place], actual[place]
-        if channels is not None:
-            goal = np.take(goal, channels, axis=axis)
-        miss = np.moveaxis(goal - found, axis, -1).reshape(-1, outputs)
+        miss = as_rows(cut(expected[place]) - actual[place])
         if node.op_type == "Conv":
             rows, chosen = patches(actual[job.activation], node, kernel, ROWS // runs)
         else:
             values = np.moveaxis(actual[job.activation], job.consumer.contraction.activation_axis, -1)
             chosen = spread_out(len(miss), ROWS // runs)
             rows = values.reshape(len(miss), -1)[chosen]
-        result[run % HELD_OUT == 0].add(rows.astype(np.float32), miss[chosen] / scale)
-    return result[0], result[1]
+        parts[run % HELD_OUT == 0].add(rows.astype(np.float32), miss[chosen] / scale)
+        spread.add(np.empty((len(miss), 0), np.float32), as_rows(cut(expected[output])))
+    return _Evidence(parts[0], parts[1], error(spread, ridge(spread, None)))
 
 
 # --- the fit
@@ -188,20 +201,21 @@ def _sums(job: _Job, before: Walk, after: Walk) -> tuple[Sums, Sums]:
 class _Fit:
     line: Line | None  # none: leaving the weight alone is best
     strength: float | None
-    error: float  # held-out, mean square
+    error: float  # held-out, relative to the variance of the output
     before: float  # the same without repair
 
 
-def _fit(sums: tuple[Sums, Sums], mode: str) -> _Fit:
+def _fit(seen: _Evidence, mode: str) -> _Fit:
     """The best correction on held-out rows, fitted again on all."""
-    fitted, held_out = sums
+    fitted, held_out, scale = seen.fitted, seen.held_out, seen.variance or 1.0
     before = float(held_out.ee.sum()) / max(held_out.count, 1)
     candidates = [None, *(LAMBDAS if mode == "affine" else ())]
     errors = [error(held_out, ridge(fitted, strength)) for strength in candidates]
     best = int(np.argmin(errors))
     if not errors[best] < before:
-        return _Fit(None, None, before, before)
-    return _Fit(ridge(fitted + held_out, candidates[best]), candidates[best], errors[best], before)
+        return _Fit(None, None, before / scale, before / scale)
+    line = ridge(fitted + held_out, candidates[best])
+    return _Fit(line, candidates[best], errors[best] / scale, before / scale)
 
 
 def _described(fit: _Fit) -> dict[str, Any]:
