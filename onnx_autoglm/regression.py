@@ -25,8 +25,8 @@ class Sums:
         self.count += len(x)
         self.x += x.sum(axis=0, dtype=np.float64)
         self.e += e.sum(axis=0, dtype=np.float64)
-        self.xx += x.T @ x
-        self.xe += x.T @ e
+        self.xx += _product(x, x)
+        self.xe += _product(x, e)
         self.ee += np.square(e, dtype=np.float64).sum(axis=0)
 
     def __add__(self, other: Sums) -> Sums:
@@ -36,9 +36,13 @@ class Sums:
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(np.isfinite(self.xx).all() and np.isfinite(self.xe).all() and np.isfinite(self.ee).all())
+
+def _product(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = left.T @ right
+    if np.isfinite(product).all():
+        return product
+    return left.T.astype(np.float64) @ right.astype(np.float64)  # beyond float32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -151,6 +151,13 @@ def test_ridge_and_its_error_are_those_of_the_rows() -> None:
     assert np.allclose(ridge(sums, None).shift, e.mean(0), atol=1e-5) and not ridge(sums, None).slope.any()
 
 
+def test_sums_beyond_float32() -> None:
+    x, e = np.full((4, 1), 2e19, np.float32), np.full((4, 1), 3.0, np.float32)
+    sums = Sums(1, 1)
+    sums.add(x, e)
+    assert sums.xx == pytest.approx(1.6e39) and sums.xe == pytest.approx(2.4e20)
+
+
 def test_a_walk_computes_what_a_run_does_and_holds_what_is_read_later() -> None:
     source, feeds = model(STREAM), rows(3)
     with Walk(source, feeds) as walk:
