@@ -15,7 +15,7 @@ from onnx_autoglm.feed_sizes import fed_inputs
 
 LABELS = ("labels", "y")
 MAX_BATCH = 32
-_RUNS = 10  # statistics want several runs, so few samples are not put into one
+_RUNS = 20  # statistics hold some runs out, so few samples are not put into one
 
 
 def load_arrays(path: Path, files: list[Path], model: ir.Model) -> Dataset:
@@ -92,8 +92,9 @@ def _batches(
     if count is None:
         first = next(iter(inputs.values()), np.zeros(0))
         return [inputs], [], first.shape[0] if first.ndim else 1
-    if labels is None and (fixed is None or count <= fixed):
-        return [inputs], [], count  # one run per file, as the file has it
+    is_one_run = count < _RUNS or not has_open_batch(model) if fixed is None else count <= fixed
+    if labels is None and is_one_run:
+        return [inputs], [], count  # as the file has it
     batch = fixed or batch_size(count)
     if labels is None and count % batch:
         raise UserError(
@@ -125,6 +126,16 @@ def fixed_batch(model: ir.Model) -> int | None:
     }
     size = next(iter(sizes)) if len(sizes) == 1 else None
     return size if isinstance(size, int) else None
+
+
+def has_open_batch(model: ir.Model) -> bool:
+    """Whether all inputs share one symbol as axis 0."""
+    sizes = {
+        str(value.shape[0]) if value.shape is not None and len(value.shape) else ""
+        for value in fed_inputs(model)
+        if value.shape is None or not len(value.shape) or not isinstance(value.shape[0], int)
+    }
+    return len(sizes) == 1 and not sizes & {"", "None"} and fixed_batch(model) is None
 
 
 def _sample_count(inputs: Arrays) -> int | None:

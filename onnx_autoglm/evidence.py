@@ -20,6 +20,7 @@ from onnx_autoglm.passes.score_activation import ScoreActivation
 from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
 from onnx_autoglm.passes.score_obs import ScoreObs
 from onnx_autoglm.passes.score_random import ScoreRandom
+from onnx_autoglm.plan import Plan, cut_arrays
 from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.self_text import write_texts
 from onnx_autoglm.statistics import Key, Observed, observe
@@ -96,6 +97,11 @@ class Data:
         held_out = [dataclasses.replace(part, name=f"{part.name}, held out") for part in more]
         evaluation = held_out[0] if held_out else self.evaluation
         return Data(calibration, evaluation, (*self.notes, note))
+
+    def pairs(self, plan: Plan) -> list[tuple[Arrays, Arrays]]:
+        """The calibration set, each feed as the source and as the pruned model take it."""
+        assert self.calibration is not None
+        return [(feed, cut_arrays(feed, plan.interfaces)) for feed in self.calibration]
 
     def described(self) -> dict[str, Any] | None:
         return None if self.calibration is None else _described(self.calibration)

@@ -31,8 +31,6 @@ from onnx_autoglm.passes.choose import choose, shortfalls
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
-from onnx_autoglm.runtime import Session
-from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
 from onnx_autoglm.request import (
     decisions_for,
     default_budget,
@@ -43,6 +41,8 @@ from onnx_autoglm.request import (
     refuse_nothing,
     refuse_unknown_layers,
 )
+from onnx_autoglm.runtime import Session
+from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
 from onnx_autoglm.upcast import needs_upcast, upcast
 
 Progress = Callable[[str], None]
@@ -104,7 +104,7 @@ def optimize(
     notes = [*notes, *more, *data.notes]
     wanted = [decision.structure for decision in decisions if not decision.reason]
     evidence = Evidence(structures, wanted)
-    if criterion in OBSERVING or repair != "none":
+    if criterion in OBSERVING or (repair != "none" and has_budget(options)):
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data, progress))
     with clock("score") as effect:
@@ -190,7 +190,14 @@ def optimize(
         if repair != "none":
             with clock("repair weights") as effect:
                 repaired = repair_weights(
-                    cut.model.graph, selection, evidence.consumers, evidence.observed, repair, progress
+                    source,
+                    cut.model,
+                    selection,
+                    evidence.consumers,
+                    data.pairs(plan),
+                    repair,
+                    progress,
+                    staged,
                 )
                 effect["consumers"] = sum(entry["repaired"] for entry in repaired)
             with clock("write repaired"):
@@ -304,7 +311,7 @@ def _existing(path: Path) -> Path:
 def _refuse_what_does_not_run(model: ir.Model, data: Data, plan: Plan) -> None:
     """A repaired model must run on the data and give finite numbers."""
     assert data.calibration is not None
-    feed = cut_arrays(next(iter(data.calibration)), plan.interfaces)
+    _, feed = data.pairs(plan)[0]
     try:
         outputs = Session(upcast(model) if needs_upcast(model) else model).run(feed)
     except UserError as error:

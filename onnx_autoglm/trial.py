@@ -20,7 +20,8 @@ from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.consumers import Consumer, as_rows
 from onnx_autoglm.dataset import Arrays, Dataset, Labels
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.passes.repair_weights import LAMBDAS, per_output, refit, why_no_refit
+from onnx_autoglm.passes.repair_weights import LAMBDAS, why_no_refit
+from onnx_autoglm.refit import per_output, refit
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.scores import ScoreOutput, class_scores, token_scores
 from onnx_autoglm.statistics import Key, Observed
@@ -151,7 +152,7 @@ def _open_weights(graph: ir.Graph, consumers: Sequence[Consumer], repair: Repair
         path = _retraced(graph, node, weight, node.inputs[contraction.weight])
         node.replace_input_with(contraction.weight, path)
         shift: str | None = None
-        if repair != "none" and not why_no_refit(consumer, repair):
+        if repair != "none" and not why_no_refit(consumer):
             width = source.shape[0 if node.op_type == "Conv" else 1 - consumer.axis]
             assert isinstance(width, int)
             zeros = per_output(consumer, np.zeros((width, 1)))

@@ -1,25 +1,34 @@
-"""Refits consumers after a cut, in closed form: affine ridge regression of what went on what stayed.
+"""Refits consumers after a cut, in closed form and one after another, each on what the last ones left.
 
-With means and covariances of what a consumer reads, split into kept P and removed R:
-`A = S_RP (S_PP + lambda I)^-1`, `W_new = W_P + A' W_R`, `b_new = b + W_R' (m_R - A m_P)` (CORP; FLAP's bias
-compensation is the case A = 0). lambda is chosen on held-out rows.
+A consumer of the pruned model reads x; its error e is what the source computes there, less what the pruned
+model does. Ridge regression with an intercept, `e ~ x D + d`, gives the correction: `W += D`, `b += d`. x is
+taken from the model as pruned and repaired so far, so errors do not add up from layer to layer. Where the output
+goes on into a sum, e is the error of the sum: a branch then makes up for what its residual stream has lost. lambda
+is chosen on held-out rows. (FLAP's bias compensation is the case D = 0; CORP's affine one that of equal inputs.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_autoglm.axes.selection import Indices, Selection
-from onnx_autoglm.consumers import Consumer, Weight, as_rows
+from onnx_autoglm.axes.selection import Selection
+from onnx_autoglm.consumers import Consumer
+from onnx_autoglm.data import Arrays
+from onnx_autoglm.patches import patches, spread_out
+from onnx_autoglm.regression import Line, Matrix, Sums, error, ridge
 from onnx_autoglm.sliced_tensor import SlicedTensor
-from onnx_autoglm.statistics import Key, Moments, Observed, key_of
+from onnx_autoglm.statistics import HELD_OUT
+from onnx_autoglm.targets import Target, find_target
+from onnx_autoglm.walk import Walk
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+ROWS = 1 << 16  # at most this many are looked at: more rows of the same data hardly change a fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,83 +39,82 @@ class RepairWeights:
 
     def __call__(
         self,
-        graph: ir.Graph,
+        source: ir.Model,
+        pruned: ir.Model,
         selection: Selection,
         consumers: list[Consumer],
-        observed: Mapping[Key, Observed],
+        feeds: Sequence[tuple[Arrays, Arrays]],
         step: Callable[[str], None] = lambda _: None,
     ) -> list[dict[str, Any]]:
-        return repair_weights(graph, selection, consumers, observed, self.mode, step)
+        return repair_weights(source, pruned, selection, consumers, feeds, self.mode, step)
 
 
 def repair_weights(
-    graph: ir.Graph,
+    source: ir.Model,
+    pruned: ir.Model,
     selection: Selection,
     consumers: list[Consumer],
-    observed: Mapping[Key, Observed],
+    feeds: Sequence[tuple[Arrays, Arrays]],
     mode: Literal["affine", "bias"],
     step: Callable[[str], None] = lambda _: None,
+    scratch: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Refits every cut consumer of a pruned graph, in place; returns what was done to each.
 
     Args:
-        graph: the pruned graph; its consumers are those of the analysed one.
+        source: the canonical source, with the names of the pruned model.
+        pruned: the analysed model after its cut.
         consumers: with the initializers of the analysed model, whose cut tensors know their source.
+        feeds: calibration data, as the source and as the pruned model take it.
+        scratch: folder for activations; by default the system's for temporary files.
     """
+    order = {node: index for index, node in enumerate(pruned.graph)}
+    cut = [c for c in consumers if selection.touches(c.contraction.dim)]
     done: list[dict[str, Any]] = []
-    for consumer in consumers:
-        contraction = consumer.contraction
-        if not selection.touches(contraction.dim):
-            continue
-        name = next(output.name for output in contraction.node.outputs)
-        step(f"repair {name}")
-        tensor = consumer.initializer.const_value
-        kept, _ = selection.indices([contraction.dim], 0)
-        source = tensor.source if isinstance(tensor, SlicedTensor) else tensor
-        reason = _why_not_cut(consumer, tensor)
-        assert source is not None
-        fit = reason or refit(consumer, source, kept, observed, mode)
-        if isinstance(fit, str) or not isinstance(tensor, SlicedTensor):
-            done.append({"consumer": name, "repaired": False, "reason": fit})
-            continue
-        _write(graph, consumer, tensor, fit)
-        entry = {
-            "consumer": name,
-            "repaired": True,
-            "lambda": fit.strength,
-            "error": fit.error,
-            "unrepaired": fit.before,
-        }
-        done.append(entry)
+    jobs: list[_Job] = []
+    for consumer in sorted(cut, key=lambda c: order[c.contraction.node]):
+        reason = _why_not(consumer)
+        if reason:
+            done.append({"consumer": _name(consumer), "repaired": False, "reason": reason})
+        else:
+            jobs.append(_Job(consumer, find_target(pruned.graph, consumer.contraction.node)))
+    with (
+        Walk(source, (feed for feed, _ in feeds), scratch) as before,
+        Walk(pruned, (feed for _, feed in feeds), scratch) as after,
+    ):
+        for index, job in enumerate(jobs):
+            step(f"repair {_name(job.consumer)}")
+            before.reach(job.outputs, keep=(name for later in jobs[index:] for name in later.outputs))
+            after.reach([job.activation])
+            fit = _fit(_observe(job, before, after), mode)
+            done.append({"consumer": _name(job.consumer), **_described(fit)})
+            if fit.line is not None:
+                _write(pruned.graph, job.consumer, fit.line)
     return done
 
 
-def refit(
-    consumer: Consumer,
-    source: ir.TensorProtocol,
-    kept: Indices,
-    observed: Mapping[Key, Observed],
-    mode: Literal["affine", "bias"],
-    strengths: Sequence[float] = LAMBDAS,
-) -> Fit | str:
-    """The best refit of a consumer for the kept indices of what it contracts, or why there is none.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    consumer: Consumer
+    target: Target
 
-    Args:
-        source: the whole weight.
-        strengths: ridge strengths to choose from, relative to the mean variance.
-    """
-    reason = why_no_refit(consumer, mode)
-    if reason:
-        return reason
-    seen = observed[key_of(consumer.contraction)]
-    if consumer.contraction.node.op_type == "Conv" and _pads(consumer.contraction.node):
-        # Padding is zero, not the mean: without centring no constant is needed, inside or at the border.
-        seen = Observed(seen.fitted.uncentred(), seen.held_out.uncentred())
-    fit = _fit(as_rows(source, consumer.axis), kept, seen, mode, strengths)
-    return "no refit was better than none on held-out data" if fit is None else fit
+    @property
+    def activation(self) -> str:
+        contraction = self.consumer.contraction
+        value = contraction.node.inputs[contraction.activation]
+        assert value is not None
+        return value.name or ""
+
+    @property
+    def outputs(self) -> list[str]:
+        return [_name(self.consumer), self.target.value]
 
 
-def why_no_refit(consumer: Consumer, mode: str) -> str:
+def _name(consumer: Consumer) -> str:
+    return next(output.name or "" for output in consumer.contraction.node.outputs)
+
+
+def why_no_refit(consumer: Consumer) -> str:
     """Why a consumer can never be refitted, or an empty string."""
     contraction, tensor = consumer.contraction, consumer.initializer.const_value
     node = contraction.node
@@ -119,24 +127,19 @@ def why_no_refit(consumer: Consumer, mode: str) -> str:
         return f"no refit is defined for {node.op_type}"
     if _is_shared(consumer):
         return "its weight has other consumers"
-    if node.op_type == "Conv":
-        return (
-            "it pads, so that the mean it would add differs at the border"
-            if mode == "bias" and _pads(node)
-            else ""
-        )
-    if contraction.weight != 1 or tensor is None or len(tensor.shape) != 2:
+    if node.op_type != "Conv" and (contraction.weight != 1 or tensor is None or len(tensor.shape) != 2):
         return "its weight is not a matrix on the right"
     return ""
 
 
-def _why_not_cut(consumer: Consumer, tensor: ir.TensorProtocol | None) -> str:
-    """Why the way in which a weight was cut leaves nothing to refit, or an empty string."""
+def _why_not(consumer: Consumer) -> str:
+    """Why a consumer is left as it is, or an empty string."""
+    tensor = consumer.initializer.const_value
     if not isinstance(tensor, SlicedTensor) or consumer.axis not in tensor.kept:
-        return "its weight was not cut along what it contracts"
+        return why_no_refit(consumer) or "its weight was not cut along what it contracts"
     if tensor.outer:
         return "its selection varies along another axis of the weight"
-    return ""
+    return why_no_refit(consumer)
 
 
 def _is_shared(consumer: Consumer) -> bool:
@@ -150,114 +153,142 @@ def _is_shared(consumer: Consumer) -> bool:
     return False
 
 
-def _pads(node: ir.Node) -> bool:
-    pads = node.attributes.get("pads")
-    automatic = node.attributes.get_string("auto_pad", "NOTSET")
-    return automatic.startswith("SAME") or (pads is not None and any(pads.as_ints()))
+# --- data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Fit:
-    """A refitted weight and how good it is on held-out rows, relative to the variance of the output."""
+class _Evidence:
+    fitted: Sums
+    held_out: Sums
+    variance: float  # of the output, summed over its channels
 
-    rows: Weight  # [kept, outputs]
-    shift: Weight  # [outputs], what to add
+
+def _observe(job: _Job, before: Walk, after: Walk) -> _Evidence:
+    """Inputs and errors of a consumer."""
+    node, tensor = job.consumer.contraction.node, job.consumer.initializer.const_value
+    assert isinstance(tensor, SlicedTensor)
+    channels = tensor.kept.get(1 - job.consumer.axis)  # of the output, that stay
+    axis = 1 if node.op_type == "Conv" else -1
+    shape = tensor.shape.numpy()
+    kernel = shape[2:]
+    outputs = shape[1 - job.consumer.axis]
+    parts = [Sums(tensor.size // outputs, outputs) for _ in range(2)]
+    spread = Sums(0, outputs)
+    runs = len(before)
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        return array if channels is None else np.take(array, channels, axis=axis)
+
+    def as_rows(array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array, axis, -1).reshape(-1, outputs)
+
+    output, end = job.outputs
+    pairs = zip(before.values([output, end]), after.values([job.activation, output, end]), strict=True)
+    for run, (expected, actual) in enumerate(pairs, 1):
+        # A sum that broadcasts has no row for each row of the consumer.
+        meets = actual[output].shape == actual[end].shape
+        place, scale = (end, job.target.scale()) if meets else (output, np.float32(1))
+        miss = as_rows(cut(expected[place]) - actual[place])
+        if node.op_type == "Conv":
+            rows, chosen = patches(actual[job.activation], node, kernel, ROWS // runs)
+        else:
+            values = np.moveaxis(actual[job.activation], job.consumer.contraction.activation_axis, -1)
+            chosen = spread_out(len(miss), ROWS // runs)
+            rows = values.reshape(len(miss), -1)[chosen]
+        parts[run % HELD_OUT == 0].add(rows.astype(np.float32), miss[chosen] / scale)
+        spread.add(np.empty((len(miss), 0), np.float32), as_rows(cut(expected[output])))
+    return _Evidence(parts[0], parts[1], error(spread, ridge(spread, None)))
+
+
+# --- the fit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fit:
+    line: Line | None  # none: leaving the weight alone is best
     strength: float | None
-    error: float
-    before: float  # the error without repair
+    error: float  # held-out, relative to the variance of the output
+    before: float  # the same without repair
 
 
-def _fit(
-    weight: Weight, kept: Indices, observed: Observed, mode: str, strengths: Sequence[float]
-) -> Fit | None:
-    """The best refit on held-out rows, fitted again on all; None if leaving the weight alone is best."""
-    removed = np.setdiff1d(np.arange(len(weight)), kept)
-    gone = weight[removed]
-    output = (
-        float(np.einsum("ko,kl,lo->", weight, observed.held_out.covariance, weight, optimize=True)) or 1.0
-    )
-    nothing = np.zeros((len(removed), len(kept)))
-    before = _held_out_error(observed.held_out, nothing, np.zeros(len(removed)), kept, removed, gone)
-    best: tuple[float, float | None] = (np.inf, None)
-    for strength in strengths if mode == "affine" else ():
-        matrix, shift = _regression(observed.fitted, kept, removed, strength)
-        error = _held_out_error(observed.held_out, matrix, shift, kept, removed, gone)
-        best = min(best, (error, strength), key=lambda item: item[0])
-    bias_only = observed.fitted.mean[removed]
-    error = _held_out_error(observed.held_out, nothing, bias_only, kept, removed, gone)
-    if error < best[0]:
-        best = (error, None)
-    if not best[0] < before:
-        return None
-    if best[1] is None:
-        matrix, shift = nothing, observed.all.mean[removed]
-    else:
-        matrix, shift = _regression(observed.all, kept, removed, best[1])
-    return Fit(weight[kept] + matrix.T @ gone, shift @ gone, best[1], best[0] / output, before / output)
+def _fit(seen: _Evidence, mode: str) -> _Fit:
+    """The best correction on held-out rows, fitted again on all."""
+    fitted, held_out, scale = seen.fitted, seen.held_out, seen.variance or 1.0
+    before = float(held_out.ee.sum()) / max(held_out.count, 1)
+    candidates = [None, *(LAMBDAS if mode == "affine" else ())]
+    errors = [error(held_out, ridge(fitted, strength)) for strength in candidates]
+    best = int(np.argmin(errors))
+    if not errors[best] < before:
+        return _Fit(None, None, before / scale, before / scale)
+    line = ridge(fitted + held_out, candidates[best])
+    return _Fit(line, candidates[best], errors[best] / scale, before / scale)
 
 
-def _regression(moments: Moments, kept: Indices, removed: Indices, strength: float) -> tuple[Weight, Weight]:
-    """A `[removed, kept]` and the constant `m_R - A m_P`."""
-    covariance, mean = moments.covariance, moments.mean
-    inner = covariance[np.ix_(kept, kept)]
-    ridge = strength * max(float(np.diag(inner).mean()), 1e-12)
-    solved = np.linalg.solve(inner + ridge * np.eye(len(kept)), covariance[np.ix_(kept, removed)])
-    matrix = np.asarray(solved.T, dtype=np.float64)
-    return matrix, mean[removed] - matrix @ mean[kept]
+def _described(fit: _Fit) -> dict[str, Any]:
+    if fit.line is None:
+        return {"repaired": False, "reason": "no refit was better than none on held-out data"}
+    return {"repaired": True, "lambda": fit.strength, "error": fit.error, "unrepaired": fit.before}
 
 
-def _held_out_error(
-    moments: Moments, matrix: Weight, shift: Weight, kept: Indices, removed: Indices, gone: Weight
-) -> float:
-    """Mean squared error at the consumer of `x_R ~ A x_P + c` on other rows."""
-    covariance, mean = moments.covariance, moments.mean
-    cross = matrix @ covariance[np.ix_(kept, removed)]
-    spread = covariance[np.ix_(removed, removed)] - cross - cross.T
-    spread = spread + matrix @ covariance[np.ix_(kept, kept)] @ matrix.T
-    offset = mean[removed] - matrix @ mean[kept] - shift
-    spread = spread + np.outer(offset, offset)
-    return float(np.einsum("ko,kl,lo->", gone, spread, gone, optimize=True))
+# --- the weights
 
 
-def _write(graph: ir.Graph, consumer: Consumer, tensor: SlicedTensor, fit: Fit) -> None:
-    """Puts the new rows into the initializer, other cut axes cut as before, and the shift into a bias."""
-    source, axis = tensor.source, consumer.axis
-    shape = list(source.shape.numpy())
-    moved = [len(fit.rows), *(size for position, size in enumerate(shape) if position != axis)]
-    array = np.moveaxis(fit.rows.reshape(moved), 0, axis)
-    shift = fit.shift.reshape(moved[1:])
-    for other, kept in tensor.kept.items():
-        if other != axis:
-            array = np.take(array, kept, axis=other)
-            shift = np.take(shift, kept, axis=other - (other > axis))
-    consumer.initializer.const_value = ir.Tensor(
-        np.ascontiguousarray(array).astype(source.dtype.numpy()), dtype=source.dtype, name=tensor.name
-    )
-    _add_bias(graph, consumer, per_output(consumer, shift), source.dtype)
-
-
-def per_output(consumer: Consumer, shift: Weight) -> Weight:
-    """What a constant at the consumer's input adds to its output, given its shift `[outputs, *kernel]`.
-
-    A convolution adds it at every position of the kernel, a Gemm scales it.
-    """
-    node = consumer.contraction.node
-    total = node.attributes.get_float("alpha", 1.0) * shift.reshape(len(shift), -1).sum(axis=1)
-    tensor = consumer.initializer.const_value
+def _write(graph: ir.Graph, consumer: Consumer, line: Line) -> None:
+    """Adds the slope to the weight and the shift to the bias."""
+    node, tensor = consumer.contraction.node, consumer.initializer.const_value
     assert tensor is not None
-    return total.reshape(-1, *([1] * (len(tensor.shape) - 2))) if node.op_type == "Conv" else total
+    alpha = node.attributes.get_float("alpha", 1.0)  # a Gemm scales its product, not its bias
+    array = tensor.numpy().astype(np.float64)
+    if node.op_type == "Conv":
+        array += line.slope.reshape(array.shape[1], *array.shape[2:], -1).transpose(
+            array.ndim - 1, *range(array.ndim - 1)
+        )
+    else:
+        array += (line.slope if consumer.axis == 0 else line.slope.T) / alpha
+    consumer.initializer.const_value = ir.Tensor(
+        np.ascontiguousarray(array).astype(tensor.dtype.numpy()), dtype=tensor.dtype, name=tensor.name
+    )
+    _add_bias(graph, consumer, line.shift, tensor.dtype)
 
 
-def _add_bias(graph: ir.Graph, consumer: Consumer, shift: Weight, dtype: ir.DataType) -> None:
+def _add_bias(graph: ir.Graph, consumer: Consumer, shift: Matrix, dtype: ir.DataType) -> None:
+    """Adds a constant per channel: to the bias of the node, as its new bias, or behind it."""
     node = consumer.contraction.node
-    output = node.outputs[0]
-    name = f"{output.name}_shift"
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if node.op_type not in ("Conv", "Gemm") or (bias is not None and not _is_own(bias, shift)):
+        _add_behind(graph, node, shift, dtype)
+        return
+    if bias is not None:
+        assert bias.const_value is not None
+        total = bias.const_value.numpy() + shift / node.attributes.get_float("beta", 1.0)
+        bias.const_value = ir.Tensor(total.astype(dtype.numpy()), dtype=dtype, name=bias.name)
+        return
+    node.resize_inputs(3)
+    node.replace_input_with(2, _constant(graph, f"{node.outputs[0].name}_shift", shift, dtype))
+
+
+def _is_own(bias: ir.Value, shift: Matrix) -> bool:
+    """Whether a bias is an initializer of this node alone, one number per channel."""
+    tensor = bias.const_value
+    alone = len(bias.uses()) == 1 and bias.is_initializer() and not bias.is_graph_output()
+    return alone and tensor is not None and tuple(tensor.shape.numpy()) == shift.shape
+
+
+def _constant(graph: ir.Graph, name: str, array: Matrix, dtype: ir.DataType) -> ir.Value:
     while name in graph.initializers:
         name += "_"
-    value = ir.Value(name=name, const_value=ir.Tensor(shift.astype(dtype.numpy()), dtype=dtype, name=name))
-    value.shape, value.dtype = ir.Shape(list(shift.shape)), dtype
+    value = ir.Value(name=name, const_value=ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name))
+    value.shape, value.dtype = ir.Shape(list(array.shape)), dtype
     graph.register_initializer(value)
-    added = ir.node("Add", [output, value])
+    return value
+
+
+def _add_behind(graph: ir.Graph, node: ir.Node, shift: Matrix, dtype: ir.DataType) -> None:
+    output = node.outputs[0]
+    if node.op_type == "Conv":
+        rank = len(output.shape) if output.shape is not None else 4
+        shift = shift.reshape(-1, *([1] * (rank - 2)))
+    added = ir.node("Add", [output, _constant(graph, f"{output.name}_shift", shift, dtype)])
     result = added.outputs[0]
     result.type, result.shape = output.type, output.shape
     ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)

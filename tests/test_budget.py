@@ -19,9 +19,10 @@ from onnx_autoglm.options import PruningOptions
 from onnx_autoglm.passes.allocate import allocate
 from onnx_autoglm.passes.ladder import Ladder, keep_best
 from onnx_autoglm.passes.price import LossCurve, price
-from onnx_autoglm.passes.repair_weights import repair_weights
+from onnx_autoglm.refit import Fit, refit
 from onnx_autoglm.resources import count_bytes, count_parameters, resource_of, unit_costs
 from onnx_autoglm.runtime import Session
+from onnx_autoglm.sliced_tensor import SlicedTensor
 from onnx_autoglm.statistics import observe
 from onnx_autoglm.trial import Trial
 
@@ -99,8 +100,21 @@ def test_a_trial_is_the_pruned_and_repaired_model(repair: str) -> None:
     selection = scene.selection(20, 9)
     found = scene.trial.measure(selection)
     cut = apply_selection(scene.found, selection)
-    if repair != "none":
-        repair_weights(cut.model.graph, selection, scene.consumers, scene.observed, repair)  # type: ignore[arg-type]
+    for consumer in scene.consumers if repair != "none" else ():
+        kept, _ = selection.indices([consumer.contraction.dim], 0)
+        tensor = consumer.initializer.const_value
+        assert isinstance(tensor, SlicedTensor)
+        fit = refit(consumer, tensor.source, kept, scene.observed, repair)  # type: ignore[arg-type]
+        assert isinstance(fit, Fit)
+        consumer.initializer.const_value = ir.tensor(fit.rows.astype(np.float32))
+        shift = ir.Value(name="shift", const_value=ir.tensor(fit.shift.astype(np.float32)))
+        shift.name = f"shift_{consumer.initializer.name}"
+        cut.model.graph.register_initializer(shift)
+        output = consumer.contraction.node.outputs[0]
+        added = ir.node("Add", [output, shift])
+        ir.convenience.replace_all_uses_with(output, added.outputs[0])
+        added.replace_input_with(0, output)
+        cut.model.graph.insert_after(consumer.contraction.node, added)
     before, after = Session(scene.source), Session(cut.model)
     losses = [
         divergence(before.run(feed)["scores"], after.run(feed)["scores"]) for feed in scene.data.feeds[-4:]

@@ -32,12 +32,12 @@ def stacked(feeds) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["labels", "y"])
 def test_labels_go_with_their_samples(tmp_path: Path, name: str) -> None:
-    x, right = samples(25), np.arange(25) % 7
+    x, right = samples(41), np.arange(41) % 7
     np.savez(tmp_path / "s.npz", x=x, **{name: right})
     # An array is a label only if it is no input: the graph's input is called x, its output y.
-    for text, sizes in ((FREE, [2] * 12 + [1]), (ONE, [1] * 25)):
+    for text, sizes in ((FREE, [2] * 20 + [1]), (ONE, [1] * 41)):
         data = load_dataset(tmp_path / "s.npz", model(text))
-        assert [feed["x"].shape[0] for feed in data] == sizes and data.rows == 25
+        assert [feed["x"].shape[0] for feed in data] == sizes and data.rows == 41
         assert data.metric == "top-1" and data.labels is not None
         assert np.array_equal(stacked(data), x) and np.array_equal(np.concatenate(data.labels), right)
 

@@ -132,6 +132,11 @@ def cut_half(found, structure):
     return apply_selection(found, selection), selection
 
 
+def repair(source, cut, selection, consumers, feeds, mode):
+    pairs = [(feed, feed) for feed in feeds]
+    return repair_weights(source, cut.model, selection, consumers, pairs, mode)
+
+
 def outputs(graph_model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> np.ndarray:
     from onnx_autoglm.runtime import Session
 
@@ -146,10 +151,9 @@ def outputs(graph_model: ir.Model, feeds: list[dict[str, np.ndarray]]) -> np.nda
 def test_affine_repair_reaches_the_least_squares_error(text: str) -> None:
     source, found, structure, consumers = setup(text)
     feeds = rows(2000)
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
     dense, unrepaired = outputs(source, feeds), outputs(cut.model, feeds)
-    (entry,) = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    (entry,) = repair(source, cut, selection, consumers, feeds, "affine")
     repaired = outputs(cut.model, feeds)
     data, weight = hidden(source, feeds), consumers_weight(source)
     best = best_error(data, weight, np.arange(0, 12, 2))
@@ -166,9 +170,8 @@ def consumers_weight(source: ir.Model) -> np.ndarray:
 def test_bias_repair_keeps_the_mean() -> None:
     source, found, structure, consumers = setup()
     feeds = rows()
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
-    repair_weights(cut.model.graph, selection, consumers, observed, "bias")
+    repair(source, cut, selection, consumers, feeds, "bias")
     assert np.allclose(
         outputs(cut.model, feeds).mean(0), outputs(source, feeds).mean(0), rtol=1e-3, atol=1e-3
     )
@@ -186,10 +189,9 @@ def test_convolutions_are_repaired() -> None:
     assert [c.axis for c in consumers] == [1]
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.standard_normal((4, 3, 8, 8)).astype(np.float32)} for _ in range(10)]
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
     dense, before = outputs(source, feeds), outputs(cut.model, feeds)
-    repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    repair(source, cut, selection, consumers, feeds, "affine")
     assert np.square(dense - outputs(cut.model, feeds)).sum() < 0.5 * np.square(dense - before).sum()
 
 
@@ -203,9 +205,8 @@ LEFT = (
 def test_alpha_scales_the_constant_too() -> None:
     source, found, structure, consumers = setup(MLP.replace("y = MatMul(r, c)", GEMM))
     feeds = rows()
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
-    repair_weights(cut.model.graph, selection, consumers, observed, "bias")
+    repair(source, cut, selection, consumers, feeds, "bias")
     assert np.allclose(
         outputs(cut.model, feeds).mean(0), outputs(source, feeds).mean(0), rtol=1e-3, atol=1e-3
     )
@@ -214,10 +215,9 @@ def test_alpha_scales_the_constant_too() -> None:
 def test_what_has_no_refit_is_left_alone_with_a_reason() -> None:
     source, found, structure, consumers = setup(LEFT)
     feeds = [{"x": feed["x"].T.copy()} for feed in rows()]
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
     before = outputs(cut.model, feeds[:1])
-    (entry,) = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    (entry,) = repair(source, cut, selection, consumers, feeds, "affine")
     assert not entry["repaired"] and entry["reason"] == "its weight is not a matrix on the right"
     assert np.array_equal(before, outputs(cut.model, feeds[:1]))
 
@@ -230,9 +230,8 @@ def test_a_weight_with_a_second_reader_is_left_alone() -> None:
         "y = MatMul(r, c)", "t = Transpose<perm=[1,0]>(c) y = MatMul(r, t) q = Tanh(r) z2 = MatMul(q, t)"
     )
     source, found, structure, consumers = setup(text)
-    observed = observe(source, [c.contraction for c in consumers], rows())
     cut, selection = cut_half(found, structure)
-    entries = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    entries = repair(source, cut, selection, consumers, rows(), "affine")
     assert [entry["reason"] for entry in entries] == ["its weight has other consumers"] * 2
 
 
@@ -248,9 +247,8 @@ def test_a_refit_that_does_not_help_is_not_made() -> None:
         }
         for i in range(10)
     ]
-    observed = observe(source, [c.contraction for c in consumers], feeds)
     cut, selection = cut_half(found, structure)
-    (entry,) = repair_weights(cut.model.graph, selection, consumers, observed, "affine")
+    (entry,) = repair(source, cut, selection, consumers, feeds, "affine")
     assert not entry["repaired"] or entry["error"] < entry["unrepaired"]
 
 
