@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_autoglm.axes.analysis import Analysis
 from onnx_autoglm.axes.dims import leaves
-from onnx_autoglm.axes.facts import Contraction
+from onnx_autoglm.axes.facts import Contraction, PinKind
 from onnx_autoglm.axes.selection import Indices, coordinates, merged
 from onnx_autoglm.axes.structures import Structure, Structures
 
@@ -75,3 +76,11 @@ def members(structure: Structure, consumer: Consumer) -> Indices:
         index = np.where(index >= 0, index + stride * places[outer], -1)
         stride *= outer.size
     return index
+
+
+def normed_values(analysis: Analysis) -> set[str]:
+    """The names of values along whose last axis some norm takes a mean."""
+    normed = {atom for dim, pin in analysis.pins if pin.kind == PinKind.NORM for atom in leaves(dim)}
+    return {
+        value.name or "" for value, dims in analysis.values.items() if dims and normed & set(leaves(dims[-1]))
+    }

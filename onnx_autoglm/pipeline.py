@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
-from onnx_autoglm.consumers import consumers_of
+from onnx_autoglm.consumers import consumers_of, normed_values
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.evidence import OBSERVING, Data, Evidence, score, wants_self_text
@@ -198,6 +198,7 @@ def optimize(
                     repair,
                     progress,
                     staged,
+                    normed_values(structures.analysis),
                 )
                 effect["consumers"] = sum(entry["repaired"] for entry in repaired)
             with clock("write repaired"):

@@ -11,23 +11,31 @@ Matrix = npt.NDArray[np.float64]
 
 
 class Sums:
-    """Counts and products of rows `x [n, k]` beside rows `e [n, m]`."""
+    """Counts and products of rows `x [n, k]` beside rows `e [n, m]`, each row with a weight."""
 
     def __init__(self, width: int, outputs: int) -> None:
-        self.count = 0
+        self.count = 0.0  # the sum of the weights
         self.x: Matrix = np.zeros(width)
         self.e: Matrix = np.zeros(outputs)
         self.xx: Matrix = np.zeros((width, width))
         self.xe: Matrix = np.zeros((width, outputs))
         self.ee: Matrix = np.zeros(outputs)
 
-    def add(self, x: npt.NDArray[np.float32], e: npt.NDArray[np.float32]) -> None:
-        self.count += len(x)
-        self.x += x.sum(axis=0, dtype=np.float64)
-        self.e += e.sum(axis=0, dtype=np.float64)
-        self.xx += _product(x, x)
-        self.xe += _product(x, e)
-        self.ee += np.square(e, dtype=np.float64).sum(axis=0)
+    def add(
+        self,
+        x: npt.NDArray[np.float32],
+        e: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float32] | None = None,
+    ) -> None:
+        """Adds rows; without `weights [n]` all weigh 1."""
+        w = np.ones(len(x), dtype=np.float32) if weights is None else weights
+        heavy = x * w[:, None]
+        self.count += float(w.sum(dtype=np.float64))
+        self.x += heavy.sum(axis=0, dtype=np.float64)
+        self.e += (e * w[:, None]).sum(axis=0, dtype=np.float64)
+        self.xx += _product(heavy, x)
+        self.xe += _product(heavy, e)
+        self.ee += (np.square(e, dtype=np.float64) * w[:, None]).sum(axis=0)
 
     def __add__(self, other: Sums) -> Sums:
         result = Sums(len(self.x), len(self.e))
@@ -58,7 +66,7 @@ def ridge(sums: Sums, strength: float | None) -> Line:
 
     Without a strength the slope is zero, and the shift alone is fitted.
     """
-    n = max(sums.count, 1)
+    n = max(sums.count, 1e-30)
     mean_x, mean_e = sums.x / n, sums.e / n
     if strength is None:
         return Line(np.zeros_like(sums.xe), mean_e)
@@ -72,7 +80,7 @@ def ridge(sums: Sums, strength: float | None) -> Line:
 
 def error(sums: Sums, line: Line) -> float:
     """The mean over rows of the squared error that a line leaves, summed over its outputs."""
-    n = max(sums.count, 1)
+    n = max(sums.count, 1e-30)
     slope, shift = line.slope, line.shift
     squares = sums.ee.sum() + (slope * (sums.xx @ slope)).sum() + n * np.square(shift).sum()
     mixed = (slope * sums.xe).sum() + shift @ sums.e - (sums.x @ slope) @ shift

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from onnx_autoglm.data import Arrays
+from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.upcast import HALF_TYPES, needs_upcast, upcast
 

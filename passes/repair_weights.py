@@ -10,7 +10,7 @@ is chosen on held-out rows. (FLAP's bias compensation is the case D = 0; CORP's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from onnx_autoglm.data import Arrays
 from onnx_autoglm.patches import patches, spread_out
 from onnx_autoglm.regression import Line, Matrix, Sums, error, ridge
 from onnx_autoglm.sliced_tensor import SlicedTensor
-from onnx_autoglm.statistics import HELD_OUT
+from onnx_autoglm.statistics import HELD_OUT, relative
 from onnx_autoglm.targets import Target, find_target
 from onnx_autoglm.walk import Walk
 
@@ -58,6 +58,7 @@ def repair_weights(
     mode: Literal["affine", "bias"],
     step: Callable[[str], None] = lambda _: None,
     scratch: Path | None = None,
+    normed: Container[str] = (),
 ) -> list[dict[str, Any]]:
     """Refits every cut consumer of a pruned graph, in place; returns what was done to each.
 
@@ -67,6 +68,7 @@ def repair_weights(
         consumers: with the initializers of the analysed model, whose cut tensors know their source.
         feeds: calibration data, as the source and as the pruned model take it.
         scratch: folder for activations; by default the system's for temporary files.
+        normed: names of values whose last axis is normalised where they are read on.
     """
     order = {node: index for index, node in enumerate(pruned.graph)}
     cut = [c for c in consumers if selection.touches(c.contraction.dim)]
@@ -86,7 +88,7 @@ def repair_weights(
             step(f"repair {_name(job.consumer)}")
             before.reach(job.outputs, keep=(name for later in jobs[index:] for name in later.outputs))
             after.reach([job.activation])
-            fit = _fit(_observe(job, before, after), mode)
+            fit = _fit(_observe(job, before, after, normed), mode)
             done.append({"consumer": _name(job.consumer), **_described(fit)})
             if fit.line is not None:
                 _write(pruned.graph, job.consumer, fit.line)
@@ -163,8 +165,8 @@ class _Evidence:
     variance: float  # of the output, summed over its channels
 
 
-def _observe(job: _Job, before: Walk, after: Walk) -> _Evidence:
-    """Inputs and errors of a consumer."""
+def _observe(job: _Job, before: Walk, after: Walk, normed: Container[str]) -> _Evidence:
+    """Inputs and errors of a consumer; where a norm follows, errors count relative to the size of their row."""
     node, tensor = job.consumer.contraction.node, job.consumer.initializer.const_value
     assert isinstance(tensor, SlicedTensor)
     channels = tensor.kept.get(1 - job.consumer.axis)  # of the output, that stay
@@ -195,8 +197,11 @@ def _observe(job: _Job, before: Walk, after: Walk) -> _Evidence:
             values = np.moveaxis(actual[job.activation], job.consumer.contraction.activation_axis, -1)
             chosen = spread_out(len(miss), ROWS // runs)
             rows = values.reshape(len(miss), -1)[chosen]
-        parts[run % HELD_OUT == 0].add(rows.astype(np.float32), miss[chosen] / scale)
-        spread.add(np.empty((len(miss), 0), np.float32), as_rows(cut(expected[output])))
+        weights = relative(as_rows(cut(expected[place]))) if place in normed else None
+        parts[run % HELD_OUT == 0].add(
+            rows.astype(np.float32), miss[chosen] / scale, None if weights is None else weights[chosen]
+        )
+        spread.add(np.empty((len(miss), 0), np.float32), as_rows(cut(expected[output])), weights)
     return _Evidence(parts[0], parts[1], error(spread, ridge(spread, None)))
 
 
@@ -214,7 +219,7 @@ class _Fit:
 def _fit(seen: _Evidence, mode: str) -> _Fit:
     """The best correction on held-out rows, fitted again on all."""
     fitted, held_out, scale = seen.fitted, seen.held_out, seen.variance or 1.0
-    before = float(held_out.ee.sum()) / max(held_out.count, 1)
+    before = float(held_out.ee.sum()) / max(held_out.count, 1e-30)
     candidates = [None, *(LAMBDAS if mode == "affine" else ())]
     errors = [error(held_out, ridge(fitted, strength)) for strength in candidates]
     best = int(np.argmin(errors))

@@ -71,7 +71,7 @@ class Scene:
         self.structures = [s for s in self.found if s.kind == "ffn-channel" and not s.pins]
         self.consumers = [c for c in find_consumers(self.found) if c.initializer.name in ("b0", "b1")]
         self.data = tokens()
-        self.observed = observe(self.source, [c.contraction for c in self.consumers], self.data)
+        self.observed = observe(self.source, [c.contraction for c in self.consumers], self.data.feeds)
         self.trial = Trial(
             self.source, self.consumers, self.observed, self.data, numbers=range(6, 10), repair=repair
         )  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 from helpers import model
 
 from onnx_autoglm.axes.selection import Selection
-from onnx_autoglm.consumers import consumers_of, find_consumers
+from onnx_autoglm.consumers import consumers_of, find_consumers, normed_values
 from onnx_autoglm.cut import Cut, analyse, apply_selection
 from onnx_autoglm.data import load_dataset
 from onnx_autoglm.passes import repair_weights as module
@@ -18,6 +18,7 @@ from onnx_autoglm.passes.repair_weights import RepairWeights
 from onnx_autoglm.patches import patches
 from onnx_autoglm.regression import Sums, error, ridge
 from onnx_autoglm.runtime import Session
+from onnx_autoglm.statistics import Moments, relative
 from onnx_autoglm.targets import find_target
 from onnx_autoglm.walk import Walk
 
@@ -272,3 +273,41 @@ def test_a_large_batch_is_several_runs(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate([part["x"] for part in data]), feed["x"])
     fixed = model(TWO.replace("float[n,6]", "float[200,6]"))
     assert len(load_dataset(tmp_path / "all.npz", fixed).feeds) == 1
+
+
+# --- rows of very different size before a norm
+
+
+def test_rows_weigh_by_one_over_their_size() -> None:
+    rows = np.array([[1.0, 1.0], [2.0, 2.0], [100.0, 100.0]], np.float32)
+    assert np.allclose(relative(rows), [1, 1, 4 / 10_000])
+
+
+def test_weighted_sums_are_those_of_repeated_rows() -> None:
+    rng = np.random.default_rng(0)
+    x, e = (rng.standard_normal((5, n)).astype(np.float32) for n in (3, 2))
+    weights = np.array([1, 2, 3, 1, 2], np.float32)
+    heavy, repeated = Sums(3, 2), Sums(3, 2)
+    heavy.add(x, e, weights)
+    times = weights.astype(int)
+    repeated.add(np.repeat(x, times, axis=0), np.repeat(e, times, axis=0))
+    for strength in (None, 0.1):
+        one, other = ridge(heavy, strength), ridge(repeated, strength)
+        assert np.allclose(one.slope, other.slope, atol=1e-5) and np.allclose(
+            one.shift, other.shift, atol=1e-5
+        )
+        assert np.isclose(error(heavy, one), error(repeated, other), rtol=1e-4)
+    moments, again = Moments(3), Moments(3)
+    moments.add(x, weights)
+    again.add(np.repeat(x, times, axis=0))
+    assert np.allclose(moments.covariance, again.covariance, atol=1e-5)
+
+
+def test_only_what_a_norm_reads_is_normed() -> None:
+    source = model("""
+        g (float[n,s,8] x) => (float[n,s,8] y) <float[8,16] a, float[16,8] b, float[8] g1, float[8,8] head>
+        { h = MatMul(x, a) r = Relu(h) m = MatMul(r, b) s1 = Add(x, m) n1 = LayerNormalization<axis=-1>(s1, g1)
+          y = MatMul(n1, head) }
+        """)
+    names = normed_values(analyse(source.clone()).analysis)
+    assert {"s1", "m", "n1"} <= names and not names & {"h", "r", "y"}
