@@ -16,8 +16,9 @@ import onnx_ir as ir
 
 from onnx_autoglm.axes.selection import Indices
 from onnx_autoglm.consumers import Consumer, Weight, as_rows
-from onnx_autoglm.passes.repair_weights import LAMBDAS, why_no_refit
 from onnx_autoglm.statistics import Key, Moments, Observed, key_of
+
+LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def refit(
@@ -43,6 +44,35 @@ def refit(
         seen = Observed(seen.fitted.uncentred(), seen.held_out.uncentred())
     fit = _fit(as_rows(source, consumer.axis), kept, seen, mode, strengths)
     return "no refit was better than none on held-out data" if fit is None else fit
+
+
+def why_no_refit(consumer: Consumer) -> str:
+    """Why a consumer can never be refitted, or an empty string."""
+    contraction, tensor = consumer.contraction, consumer.initializer.const_value
+    node = contraction.node
+    if node.domain not in ("", "com.microsoft") or node.op_type not in (
+        "MatMul",
+        "Gemm",
+        "FusedMatMul",
+        "Conv",
+    ):
+        return f"no refit is defined for {node.op_type}"
+    if _is_shared(consumer):
+        return "its weight has other consumers"
+    if node.op_type != "Conv" and (contraction.weight != 1 or tensor is None or len(tensor.shape) != 2):
+        return "its weight is not a matrix on the right"
+    return ""
+
+
+def _is_shared(consumer: Consumer) -> bool:
+    """Whether anything else reads the weight, or what is made of it on the way to the consumer."""
+    value = consumer.contraction.node.inputs[consumer.contraction.weight]
+    while value is not None:
+        if len(value.uses()) > 1 or value.is_graph_output():
+            return True
+        producer = value.producer()
+        value = None if producer is None else producer.inputs[0]
+    return False
 
 
 def _pads(node: ir.Node) -> bool:

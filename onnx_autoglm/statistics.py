@@ -164,12 +164,13 @@ def observe(
     with Walk(model, feeds) as walk:
         for number, key in enumerate(sorted(readers, key=lambda key: order.get(key[0], -1)), 1):
             step(f"observe {number} of {len(readers)}: {key[0]}")
-            store.put(key, _observe_one(walk, key, readers[key], normed))
+            store.put(key, observe_one(walk, readers[key], normed))
     return store
 
 
-def _observe_one(walk: Walk, key: Key, readers: Sequence[Contraction], normed: Container[str]) -> Observed:
-    name, axis = key
+def observe_one(walk: Walk, readers: Sequence[Contraction], normed: Container[str] = ()) -> Observed:
+    """What consumers of one activation read, where a walk has come to."""
+    name, axis = key_of(readers[0])
     ends = {find_target(walk.model.graph, _same_node(walk.model, reader)).value for reader in readers}
     end = ends.pop() if len(ends) == 1 else ""
     names = [name, end] if end in normed else [name]

@@ -20,8 +20,7 @@ from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.consumers import Consumer, as_rows
 from onnx_autoglm.dataset import Arrays, Dataset, Labels
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.passes.repair_weights import LAMBDAS, why_no_refit
-from onnx_autoglm.refit import per_output, refit
+from onnx_autoglm.refit import LAMBDAS, per_output, refit, why_no_refit
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.scores import ScoreOutput, class_scores, token_scores
 from onnx_autoglm.statistics import Key, Observed

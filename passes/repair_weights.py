@@ -21,13 +21,13 @@ from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.consumers import Consumer
 from onnx_autoglm.data import Arrays
 from onnx_autoglm.patches import patches, spread_out
+from onnx_autoglm.refit import LAMBDAS, per_output, refit, why_no_refit
 from onnx_autoglm.regression import Line, Matrix, Sums, error, ridge
 from onnx_autoglm.sliced_tensor import SlicedTensor
-from onnx_autoglm.statistics import HELD_OUT, relative
+from onnx_autoglm.statistics import HELD_OUT, key_of, observe_one, relative
 from onnx_autoglm.targets import Target, find_target
 from onnx_autoglm.walk import Walk
 
-LAMBDAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 ROWS = 1 << 16  # at most this many are looked at: more rows of the same data hardly change a fit
 
 
@@ -86,6 +86,11 @@ def repair_weights(
     ):
         for index, job in enumerate(jobs):
             step(f"repair {_name(job.consumer)}")
+            if mode == "bias" and job.consumer.contraction.node.op_type != "Conv":
+                done.append(
+                    {"consumer": _name(job.consumer), **_add_mean(pruned.graph, job, selection, before)}
+                )
+                continue
             before.reach(job.outputs, keep=(name for later in jobs[index:] for name in later.outputs))
             after.reach([job.activation])
             fit = _fit(_observe(job, before, after, normed), mode)
@@ -116,24 +121,6 @@ def _name(consumer: Consumer) -> str:
     return next(output.name or "" for output in consumer.contraction.node.outputs)
 
 
-def why_no_refit(consumer: Consumer) -> str:
-    """Why a consumer can never be refitted, or an empty string."""
-    contraction, tensor = consumer.contraction, consumer.initializer.const_value
-    node = contraction.node
-    if node.domain not in ("", "com.microsoft") or node.op_type not in (
-        "MatMul",
-        "Gemm",
-        "FusedMatMul",
-        "Conv",
-    ):
-        return f"no refit is defined for {node.op_type}"
-    if _is_shared(consumer):
-        return "its weight has other consumers"
-    if node.op_type != "Conv" and (contraction.weight != 1 or tensor is None or len(tensor.shape) != 2):
-        return "its weight is not a matrix on the right"
-    return ""
-
-
 def _why_not(consumer: Consumer) -> str:
     """Why a consumer is left as it is, or an empty string."""
     tensor = consumer.initializer.const_value
@@ -142,17 +129,6 @@ def _why_not(consumer: Consumer) -> str:
     if tensor.outer:
         return "its selection varies along another axis of the weight"
     return why_no_refit(consumer)
-
-
-def _is_shared(consumer: Consumer) -> bool:
-    """Whether anything else reads the weight, or what is made of it on the way to the consumer."""
-    value = consumer.contraction.node.inputs[consumer.contraction.weight]
-    while value is not None:
-        if len(value.uses()) > 1 or value.is_graph_output():
-            return True
-        producer = value.producer()
-        value = None if producer is None else producer.inputs[0]
-    return False
 
 
 # --- data
@@ -233,6 +209,27 @@ def _described(fit: _Fit) -> dict[str, Any]:
     if fit.line is None:
         return {"repaired": False, "reason": "no refit was better than none on held-out data"}
     return {"repaired": True, "lambda": fit.strength, "error": fit.error, "unrepaired": fit.before}
+
+
+def _add_mean(graph: ir.Graph, job: _Job, selection: Selection, before: Walk) -> dict[str, Any]:
+    """Adds to a product the mean of what went, as the source has it (FLAP).
+
+    Not the mean of the error on the pruned prefix: a constant that makes up for what other layers have lost makes
+    a language model worse, even where it lowers that error. (A convolution pads, so there the error is the way.)
+    """
+    consumer, tensor = job.consumer, job.consumer.initializer.const_value
+    assert isinstance(tensor, SlicedTensor)
+    kept, _ = selection.indices([consumer.contraction.dim], 0)
+    seen = {key_of(consumer.contraction): observe_one(before, [consumer.contraction])}
+    fit = refit(consumer, tensor.source, kept, seen, "bias")
+    if isinstance(fit, str):
+        return {"repaired": False, "reason": fit}
+    channels = tensor.kept.get(1 - consumer.axis)
+    shift = per_output(consumer, fit.shift[:, None])
+    shift = shift if channels is None else shift[channels]
+    width = tensor.size // len(shift)
+    _write(graph, consumer, Line(np.zeros((width, len(shift))), shift))
+    return {"repaired": True, "lambda": None, "error": fit.error, "unrepaired": fit.before}
 
 
 # --- the weights
