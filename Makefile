@@ -8,10 +8,12 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint check clean venv
 .DELETE_ON_ERROR:
 
-# A real language model, pruned with the default options.
+# A real language model: a fifth of its FFN channels goes, and its perplexity on a speech is measured. (Without a
+# text to learn from it would write its own, which takes some minutes more.)
 demo: $(READY)
-	$(BIN)/python models/build.py smollm2-glm-kv -o build/models
-	$(BIN)/onnx-autoglm optimize build/models/smollm2-glm-kv/model.onnx -o build/demo
+	$(BIN)/python models/build.py smollm2-glm -o build/models
+	$(BIN)/onnx-autoglm optimize build/models/smollm2-glm/model.onnx -o build/demo --prune ffn-channel=0.2 \
+		--calib models/texts/calibration.txt --calib-tokens 8192 --eval models/texts/speech.txt --eval-tokens 4096
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
