@@ -159,8 +159,7 @@ class Spender:
         """Bisects the share of the competing parameters that goes; the last word has the whole evaluation set."""
         limit = float(self.budget.max_loss or 0)
         evaluation = self.data.evaluation
-        if evaluation is None or evaluation.metric == "agreement":
-            raise UserError("--max-loss is measured on a text, or on samples with labels: pass --eval PATH")
+        assert evaluation is not None
         resource = resource_of("parameters", self.structures)
         costs = unit_costs(list(self.curves), resource)
         competing = sum(costs[s] * s.size for s in self.curves)

@@ -37,6 +37,7 @@ from onnx_autoglm.request import (
     has_budget,
     measurable,
     methods_of,
+    refuse_blind_limit,
     refuse_loss,
     refuse_nothing,
     refuse_unknown_layers,
@@ -98,6 +99,7 @@ def optimize(
         with clock("write text") as effect:
             data = data.with_self_text(source, options, progress)
             effect["tokens"] = 0 if data.calibration is None else data.calibration.rows
+    refuse_blind_limit(options, data)
     criterion, repair = methods_of(options, data)
     options, notes = default_budget(options, data)
     decisions, fractions, asked, more = decisions_for(structures, options)

@@ -53,6 +53,13 @@ def measurable(
     return {structure: own for structure, own in scores.items() if structure in wanted}
 
 
+def refuse_blind_limit(options: Options, data: Data) -> None:
+    """Raises UserError for a limit on a loss that nothing measures."""
+    evaluation = data.evaluation
+    if options.budget.max_loss is not None and (evaluation is None or evaluation.metric == "agreement"):
+        raise UserError("--max-loss is measured on a text, or on samples with labels: pass --eval PATH")
+
+
 def refuse_loss(quality: dict[str, Any], options: Options) -> None:
     limit = options.budget.max_loss
     # Perplexity rises as quality falls; top-1 and agreement fall.

@@ -236,6 +236,7 @@ def test_no_target_with_data_is_a_joint_quarter(files: dict[str, Path]) -> None:
         ({"keep": 0.5, "kinds": "conv-channel"}, "has no conv-channel"),
         ({"keep": 0.5, "prune": {"ffn-channel": 0.5}}, "give one of them"),
         ({"max_loss": 0.05}, "--max-loss"),
+        ({"keep": 0.5, "max_loss": 0.05}, "--max-loss is measured on"),
         ({"speedup": 1.5, "regime": "decode"}, "KV cache"),
     ],
 )
@@ -245,6 +246,15 @@ def test_what_cannot_be_met_is_an_error(
     with pytest.raises(UserError, match=message):
         optimize(files["model.onnx"], files["out"], calib="none", **given)  # type: ignore[arg-type]
     assert not files["out"].exists()
+
+
+def test_a_loss_limit_is_held_or_refused(files: dict[str, Path]) -> None:
+    given = {"calib": "self"}  # which also writes what the loss is measured on
+    report = optimize(files["model.onnx"], files["out"], max_loss=0.05, **given)  # type: ignore[arg-type]
+    assert 1 < report.quality["ratio"] <= 1.05 and report.budget["target"] == "max_loss"
+    assert report.result.parameters < report.source.parameters
+    with pytest.raises(UserError, match="--max-loss 1.00% is exceeded"):
+        optimize(files["model.onnx"], files["out"], keep=0.3, max_loss=0.01, **given)  # type: ignore[arg-type]
 
 
 def test_a_speedup_is_measured(files: dict[str, Path]) -> None:
