@@ -262,6 +262,6 @@ def test_a_speedup_is_measured(files: dict[str, Path]) -> None:
     try:
         report = optimize(files["model.onnx"], files["out"], speedup=1.02, calib=files["calib"])
     except (UserError, CheckFailed) as error:
-        assert "cannot be reached" in str(error)
+        assert "cannot be reached" in str(error) or "nothing would be removed" in str(error)
         return
     assert report.latency["speedup"] >= 1.02 * 0.95

@@ -372,6 +372,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signa
         [sys.executable, "-m", "onnx_autoglm", "optimize", str(path), "-o", str(out)],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell starts background jobs, of which these tests may be part, with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
     while (
