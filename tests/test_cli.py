@@ -368,13 +368,14 @@ def test_a_full_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     path, out = wide_model(tmp_path, 1024, 16384), tmp_path / "out"
+    # A shell starts background jobs, of which these tests may be part, with interrupts ignored; children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "onnx_autoglm", "optimize", str(path), "-o", str(out)],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs, of which these tests may be part, with interrupts ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while (
         not list(tmp_path.glob(".out.partial-*")) and process.poll() is None and time.monotonic() < deadline
