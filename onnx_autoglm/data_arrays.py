@@ -96,7 +96,7 @@ def _batches(
     if labels is None and is_one_run:
         return [inputs], [], count  # as the file has it
     batch = fixed or batch_size(count)
-    if labels is None and count % batch:
+    if labels is None and fixed is not None and count % batch:
         raise UserError(
             f"{where} has {count} samples and the model takes batches of {batch}: pass a multiple of {batch}"
         )

@@ -30,6 +30,14 @@ def stacked(feeds) -> np.ndarray:
 # --- arrays
 
 
+def test_many_samples_without_labels_are_several_runs(tmp_path: Path) -> None:
+    """Where the graph leaves the batch open; the last run may be smaller."""
+    np.savez(tmp_path / "s.npz", x=samples(41))
+    data = load_dataset(tmp_path / "s.npz", model(FREE))
+    assert [feed["x"].shape[0] for feed in data] == [2] * 20 + [1] and data.rows == 41
+    assert np.array_equal(stacked(data), samples(41))
+
+
 @pytest.mark.parametrize("name", ["labels", "y"])
 def test_labels_go_with_their_samples(tmp_path: Path, name: str) -> None:
     x, right = samples(41), np.arange(41) % 7
