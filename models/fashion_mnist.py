@@ -177,6 +177,9 @@ def export(model: torch.nn.Module, file: Path) -> None:
         program = dynamo_program(model, inputs, ["scores"], {"image": {0: "batch"}}, target)
         optimizer.fold_constants(program.model)
         optimizer.remove_unused_nodes(program.model)
+        for node in program.model.graph.all_nodes():
+            # Names of modules stay; stack traces hold paths of the machine that exported.
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
         program.save(file)
 
 
