@@ -114,7 +114,7 @@ class Spender:
                 raise UserError(f"the weights have {whole:.0f} bytes already: --size must be below that")
         counts = self._solve(resource, costs, wanted)
         saved = whole - resource(self.selection(counts))
-        if saved < wanted * (1 - 2 * _CLOSE) and saved < wanted - self._smallest_step(costs):
+        if saved < wanted * (1 - 2 * _CLOSE) and saved < wanted - self._largest_step(costs):
             most = sum(costs[s] * (s.size - curve.ladder.floor) for s, curve in self.curves.items())
             raise UserError(
                 f"--{target} cannot be reached: it asks to remove {wanted:.4g} of {whole:.4g}, and at most {most:.4g} can go "
@@ -122,8 +122,13 @@ class Spender:
             )
         return Outcome(counts, self._described(counts, {"wanted": wanted, "reached": saved, "whole": whole}))
 
-    def _smallest_step(self, costs: Mapping[Structure, float]) -> float:
-        return max(costs[s] * curve.ladder.tile for s, curve in self.curves.items())
+    def _largest_step(self, costs: Mapping[Structure, float]) -> float:
+        """What one step of the allocation may leave unspent."""
+        steps: dict[object, float] = defaultdict(float)
+        for structure, curve in self.curves.items():
+            key = (structure.kind, structure.size) if self.budget.uniform else structure
+            steps[key] += costs[structure] * curve.ladder.tile
+        return max(steps.values())
 
     def _solve(
         self, resource: Resource, costs: Mapping[Structure, float], wanted: float

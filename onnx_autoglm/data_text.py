@@ -79,21 +79,22 @@ def token_feeds(model: ir.Model, batches: Iterable[np.ndarray]) -> tuple[Arrays,
     roles = token_roles(model)
     if roles is None:
         raise UserError("a text needs a model with a token input, and this one has none")
-    return tuple(_token_feed(model, roles, batch) for batch in batches)
+    return tuple(token_feed(model, roles, batch) for batch in batches)
 
 
-def _token_feed(model: ir.Model, roles: TokenRoles, tokens: np.ndarray) -> Arrays:
+def token_feed(model: ir.Model, roles: TokenRoles, tokens: np.ndarray, past: int = 0) -> Arrays:
+    """A feed around `[batch, window]` tokens that follow `past` others, whose caches hold noise."""
     batch, window = tokens.shape
-    sizes = {symbol: 0 for symbol in roles.past_symbols}
+    sizes = dict.fromkeys(roles.past_symbols, past)
     sizes |= {roles.sequence_symbol: window} if roles.sequence_symbol else {}
     feed = generate_feeds(model, sizes=sizes, batch=batch)
     feed[roles.tokens] = tokens.astype(feed[roles.tokens].dtype)
     for other in roles.positions:
-        counted = np.broadcast_to(np.arange(window), feed[other].shape)
+        counted = np.broadcast_to(past + np.arange(window), feed[other].shape)
         feed[other] = counted.astype(feed[other].dtype)
     for other in roles.masks:
-        # The length of a mask is often a symbol of its own; with an empty cache it is the window.
-        shape = tokens.shape if feed[other].ndim == 2 else feed[other].shape
+        # The length of a mask is often a symbol of its own; it covers past and window.
+        shape = (batch, past + window) if feed[other].ndim == 2 else feed[other].shape
         feed[other] = np.ones(shape, feed[other].dtype)
     return feed
 

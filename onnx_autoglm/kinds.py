@@ -13,4 +13,5 @@ KINDS = {
     "expert": "experts of a mixture; lossy, the router chooses among fewer",
     "hidden": "the residual stream; lossy, norms see fewer channels",
 }
+LOSSY = frozenset({"expert", "hidden"})
 ALIGNED = frozenset({"ffn-channel", "expert-channel", "conv-channel", "hidden", "value-channel"})

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.cut import cut_model
+from onnx_autoglm.data_text import token_feed
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.feed_roles import token_roles
 from onnx_autoglm.feeds import generate_feeds
@@ -39,17 +40,8 @@ def workload(model: ir.Model, batch: int, sequence: int, regime: Regime) -> Arra
         raise UserError("--regime decode needs a model with a KV cache: export it with one, or time prefill")
     length = roles.length or (sequence if regime == "prefill" else 1)
     past = 0 if regime == "prefill" else sequence
-    sizes = dict.fromkeys(roles.past_symbols, past)
-    sizes |= {roles.sequence_symbol: length} if roles.sequence_symbol else {}
-    batch = roles.batch or batch
-    feed = generate_feeds(model, sizes=sizes, batch=batch)
-    for name in roles.positions:
-        counted = np.broadcast_to(past + np.arange(length), feed[name].shape)
-        feed[name] = counted.astype(feed[name].dtype)
-    for name in roles.masks:
-        shape = (batch, past + length) if feed[name].ndim == 2 else feed[name].shape
-        feed[name] = np.ones(shape, feed[name].dtype)
-    return feed
+    tokens = np.random.default_rng(0).integers(0, roles.vocabulary, (roles.batch or batch, length))
+    return token_feed(model, roles, tokens, past)
 
 
 class Stopwatch:
@@ -67,8 +59,7 @@ class Stopwatch:
             selection = Selection()
             for structure in structures.found:
                 keep = counts.get(structure.id, structure.size)
-                shape = [*(int(str(outer.size)) for outer in structure.outers), structure.size]
-                falling = np.broadcast_to(-np.arange(structure.size, dtype=np.float64), shape)
+                falling = np.broadcast_to(-np.arange(structure.size, dtype=np.float64), structure.shape)
                 keep_best(selection, structure, falling, keep)
             return selection
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +24,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.kinds import KINDS
+from onnx_autoglm.kinds import KINDS, LOSSY
+from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
 
 DEFAULT_FRACTION = 0.25
 
@@ -111,40 +111,10 @@ class PruningOptions(_Options):
         return value
 
 
-def parse_fractions(text: str) -> dict[str, float]:
-    """`KIND=FRACTION` texts joined by commas. Raises ValueError."""
-    result: dict[str, float] = {}
-    for item in text.split(","):
-        kind, _, number = item.strip().partition("=")
-        if kind in result:
-            raise ValueError(f"{kind} is given twice")
-        try:
-            result[kind] = float(number)
-        except ValueError:
-            message = f"{item!r}: write KIND=FRACTION, for example ffn-channel=0.25"
-            raise ValueError(message) from None
-    return result
-
-
-def _fraction_of(text: Any) -> Any:
-    """`2%` and `0.02` are the same."""
-    if isinstance(text, str) and text.strip().endswith("%"):
-        return float(text.strip()[:-1]) / 100
-    return text
-
-
-def _bytes_of(text: Any) -> Any:
-    """`200MB` in bytes; units are those of 1000, or of 1024 with an i (`200MiB`)."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGT]?)(i?)B?\s*", text) if isinstance(text, str) else None
-    if match is None:
-        return text
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-
-
-Share = Annotated[float, BeforeValidator(_fraction_of), Field(gt=0, lt=1)]
-Bytes = Annotated[int, BeforeValidator(_bytes_of), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(fraction_of), Field(gt=0, lt=1)]
+Bytes = Annotated[int, BeforeValidator(bytes_of), Field(gt=0)]
 Factor = Annotated[float, Field(gt=1)]
+Limit = Annotated[float, BeforeValidator(fraction_of), Field(gt=0)]
 
 
 class BudgetOptions(_Options):
@@ -172,7 +142,7 @@ class BudgetOptions(_Options):
         "and after; a promise that is missed by more than 5 % is an error.",
         json_schema_extra=_flag("--speedup", "FACTOR"),
     )
-    max_loss: Share | None = Field(
+    max_loss: Limit | None = Field(
         default=None,
         description="The most that quality may fall on the evaluation data, for example 2% of perplexity. Alone it "
         "sets the budget: as much goes as it allows. With another budget it is a limit, and missing it an error.",
@@ -210,6 +180,10 @@ class BudgetOptions(_Options):
         for kind in value:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
+            if kind in LOSSY:
+                raise ValueError(
+                    f"{kind} changes what is left, so its loss cannot be told beforehand: use --prune"
+                )
         return value
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ invariant that masked equals pruned this is the pruned and repaired model, at th
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -202,18 +203,19 @@ def _scores(model: ir.Model, data: Dataset) -> ScoreOutput | None:
     return token_scores(model) if data.token_input is not None else None
 
 
-class _Reference:
+class _Reference(abc.ABC):
     """What of the source's run is remembered, and how a trial's run is compared with it."""
 
     source: ir.Model
     trial: ir.Model
 
+    @abc.abstractmethod
     def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
-        raise NotImplementedError
+        """The feed with what `compare` needs of the source's outputs."""
 
+    @abc.abstractmethod
     def compare(self, feed: Arrays, outputs: Arrays) -> npt.NDArray[np.float64]:
         """Positions, and over them the sums of divergences, negative log-likelihoods and right answers."""
-        raise NotImplementedError
 
 
 class _Outputs(_Reference):

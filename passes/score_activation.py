@@ -51,9 +51,5 @@ def score_activation(
                 rows = np.maximum(variance, 0.0) * np.square(weight).sum(axis=1)
             index = members(structure, consumer)
             np.add.at(total, index[index >= 0], rows[index >= 0])
-        scores[structure] = total.reshape(_shape(structure))
+        scores[structure] = total.reshape(structure.shape)
     return scores
-
-
-def _shape(structure: Structure) -> list[int]:
-    return [*(int(str(outer.size)) for outer in structure.outers), structure.size]

@@ -67,7 +67,6 @@ def score_obs(
 
 def _eliminate(structure: Structure, problems: list[_Problem], rounds: int) -> Scores:
     groups, size = structure.groups, structure.size
-    shape = [*(int(str(outer.size)) for outer in structure.outers), size]
     scale = sum(problem.variance for problem in problems) or 1.0
     scores = np.full((groups, size), np.inf)
     left = size - max(structure.floor, round(size * (1 - _LARGEST_CUT)))
@@ -89,7 +88,7 @@ def _eliminate(structure: Structure, problems: list[_Problem], rounds: int) -> S
     final = sum(problem.errors(groups * size) for problem in problems)
     assert isinstance(final, np.ndarray)
     scores[survivors] = np.maximum(final.reshape(groups, size)[survivors] / scale, worst * (1 + 1e-6))
-    return scores.reshape(shape)
+    return scores.reshape(structure.shape)
 
 
 class _Problem:

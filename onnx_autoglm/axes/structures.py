@@ -7,6 +7,7 @@ that its axis was seen in, its outer atoms from where it occurs, and every reaso
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -53,11 +54,14 @@ class Structure:
     @property
     def groups(self) -> int:
         """How many separate selections there are: the product of the outer sizes."""
-        total = 1
-        for outer in self.outers:
-            assert isinstance(outer.size, int)
-            total *= outer.size
-        return total
+        return math.prod(self.shape[:-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of scores and masks: `[*sizes of the outer atoms, size]`."""
+        sizes = [outer.size for outer in self.outers]
+        assert all(isinstance(size, int) for size in sizes)
+        return (*(size for size in sizes if isinstance(size, int)), self.size)
 
     @property
     def parameters(self) -> int:
