@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnx_autoglm.axes.dims import leaves
 from onnx_autoglm.axes.structures import Structure, Structures
-from onnx_autoglm.consumers import find_consumers, normed_values
+from onnx_autoglm.consumers import find_consumers
 from onnx_autoglm.data import Arrays, Dataset, load_dataset, refuse_idle_preprocess
 from onnx_autoglm.data_text import feeds_for
 from onnx_autoglm.errors import UserError
@@ -144,7 +144,6 @@ class Evidence:
             for consumer in find_consumers(structures)
             if atoms & set(leaves(consumer.contraction.dim))
         ]
-        self._normed = normed_values(structures.analysis)
         self.observed: Mapping[Key, Observed] = {}
 
     def observe(self, model: ir.Model, data: Data, progress: Progress) -> dict[str, Any]:
@@ -152,9 +151,7 @@ class Evidence:
         assert data.calibration is not None
         contractions = [consumer.contraction for consumer in self.consumers]
         if contractions:
-            self.observed = observe(
-                model, contractions, data.calibration.feeds, normed=self._normed, step=progress
-            )
+            self.observed = observe(model, contractions, data.calibration.feeds, step=progress)
         return {"rows": data.calibration.rows, "consumers": len(contractions)}
 
 
