@@ -1,0 +1,1 @@
+"""Quantization: places, ranges, weights, the choice of schemes, and what the result promises."""

@@ -1,0 +1,141 @@
+"""What activations hold, recorded in one pass over the data: distributions, sizes of columns, a sample of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnx_autoglm.dataset import Arrays
+from onnx_autoglm.errors import UserError
+from onnx_autoglm.patches import patches, spread_out
+from onnx_autoglm.quantization.histogram import Histogram
+from onnx_autoglm.quantization.places import Place
+from onnx_autoglm.statistics import Moments
+from onnx_autoglm.walk import Walk
+
+Floats = npt.NDArray[np.float32]
+SAMPLE = 256  # rows that choices are tried on
+_TOGETHER = 8  # activations per stop of the walk
+
+
+@dataclasses.dataclass(eq=False)
+class Recording:
+    """What one activation holds over all data.
+
+    `largest` is max |x| per column `[k]`, a column being an index of the contracted axis (a channel of a convolution).
+    `rows` is a sample `[m, k]` of what is multiplied (`[m, k * kernel]` for a convolution): rows evenly spread, and
+    the one with the largest entry of each run. `moments` has the second moments, where they were asked for.
+    """
+
+    histogram: Histogram
+    largest: Floats
+    rows: Floats
+    moments: Moments | None = None
+
+
+def record(
+    model: ir.Model,
+    places: Sequence[Place],
+    feeds: Sequence[Arrays],
+    *,
+    moments: bool = False,
+    others: Sequence[str] = (),
+    scratch: Path | None = None,
+    step: Callable[[str], None] = lambda _: None,
+) -> tuple[dict[str, Recording], dict[str, Histogram]]:
+    """Runs a canonical model on all feeds and records the activations that the places read, by name.
+
+    Args:
+        moments: also record second moments, which take k^2 numbers each.
+        others: values of which only the histogram is wanted; the second result.
+        scratch: the folder for values between the pieces of the run.
+
+    Raises UserError if the model does not run, or a value is not finite (the node that reads it is named).
+    """
+    readers: dict[str, Place] = {}
+    for place in places:
+        readers.setdefault(place.activation, place)
+    order = {value.name: index for index, node in enumerate(model.graph) for value in node.outputs}
+    names = sorted({*readers, *others}, key=lambda name: order.get(name, -1))
+    nodes = {node.outputs[0].name: node for node in model.graph}
+    found: dict[str, Recording] = {}
+    plain: dict[str, Histogram] = {name: Histogram() for name in others}
+    with Walk(model, feeds, scratch) as walk:
+        for start in range(0, len(names), _TOGETHER):
+            together = names[start : start + _TOGETHER]
+            step(f"calibrate {start + len(together)} of {len(names)} activations")
+            walk.reach(together)
+            parts: dict[str, _Part] = {
+                name: _Part(readers[name], nodes[readers[name].node], model, len(feeds), moments)
+                for name in together
+                if name in readers
+            }
+            for arrays in walk.values(together):
+                for name in together:
+                    array = arrays[name]
+                    _refuse_infinite(name, array, readers.get(name))
+                    if name in parts:
+                        parts[name].add(array)
+                    if name in plain:
+                        plain[name].add(array)
+            found |= {name: part.finish() for name, part in parts.items()}
+    return found, plain
+
+
+class _Part:
+    """A recording in the making."""
+
+    def __init__(self, place: Place, node: ir.Node, model: ir.Model, runs: int, moments: bool) -> None:
+        self._place, self._node = place, node
+        tensor = model.graph.initializers[place.initializer].const_value
+        assert tensor is not None
+        self._kernel = tuple(int(size) for size in tensor.shape.numpy()[2:]) if place.op == "Conv" else ()
+        self._is_grouped = place.op == "Conv" and node.attributes.get_int("group", 1) > 1
+        self._histogram = Histogram()
+        self._largest: Floats | None = None
+        self._rows: list[Floats] = []
+        self._each = max(SAMPLE // runs, 1)
+        self._moments = Moments(place.inputs) if moments and not self._is_grouped else None
+
+    def add(self, array: np.ndarray) -> None:
+        self._histogram.add(array)
+        moved = np.moveaxis(array, self._place.activation_axis, -1)
+        columns = np.asarray(np.abs(moved).reshape(-1, moved.shape[-1]).max(axis=0, initial=0), np.float32)
+        self._largest = columns if self._largest is None else np.maximum(self._largest, columns)
+        if self._is_grouped:
+            return
+        if self._kernel:
+            rows = patches(array, self._node, self._kernel, 4096)[0]
+        else:
+            rows = np.ascontiguousarray(moved.reshape(-1, moved.shape[-1]), dtype=np.float32)
+        if not len(rows):
+            return
+        chosen = {*spread_out(len(rows), self._each).tolist(), int(np.abs(rows).max(axis=1).argmax())}
+        self._rows.append(rows[sorted(chosen)])
+        if self._moments is not None:
+            self._moments.add(rows)
+
+    def finish(self) -> Recording:
+        width = self._place.inputs
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, width), np.float32)
+        assert self._largest is not None
+        return Recording(self._histogram, self._largest, rows, self._moments)
+
+
+def _refuse_infinite(name: str, array: np.ndarray, reader: Place | None) -> None:
+    if not np.isfinite(array).all():
+        where = f", which {reader.label} reads," if reader else ""
+        raise UserError(
+            f"{name}{where} is not finite on the calibration data: the model overflows there; pass other data, or "
+            "mend the model"
+        )
+
+
+def constant_activations(recordings: Mapping[str, Recording]) -> list[str]:
+    """Names of activations that are zero on all data: no range can be chosen for them."""
+    return [name for name, recording in recordings.items() if recording.histogram.largest <= 0]
