@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
+    from onnx_autoglm.quantization.pipeline import quantize
+    from onnx_autoglm.quantization.report import QuantizationReport
     from onnx_autoglm.report import Inspection, Report
     from onnx_autoglm.sweep_run import sweep
     from onnx_autoglm.sweep_table import Sweep
@@ -21,6 +23,7 @@ __all__ = [
     "Evaluation",
     "Inspection",
     "Options",
+    "QuantizationReport",
     "Report",
     "Sweep",
     "UserError",
@@ -28,6 +31,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "optimize",
+    "quantize",
     "sweep",
 ]
 
@@ -38,6 +42,8 @@ _HOMES = {
     "inspect": "onnx_autoglm.pipeline",
     "optimize": "onnx_autoglm.pipeline",
     "Options": "onnx_autoglm.options",
+    "quantize": "onnx_autoglm.quantization.pipeline",
+    "QuantizationReport": "onnx_autoglm.quantization.report",
     "Inspection": "onnx_autoglm.report",
     "Report": "onnx_autoglm.report",
     "Sweep": "onnx_autoglm.sweep_table",

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.dataset import Dataset
+from onnx_autoglm.divergence import Loss
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.evidence import Data, Evidence, Repair
 from onnx_autoglm.latency_table import Stopwatch, described, latency_savings, workload
@@ -23,7 +24,7 @@ from onnx_autoglm.passes.price import DEPTHS, LossCurve, price
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.resources import Resource, resource_of, unit_costs
 from onnx_autoglm.statistics import HELD_OUT
-from onnx_autoglm.trial import Loss, Trial
+from onnx_autoglm.trial import Trial
 
 Progress = Callable[[str], None]
 USUAL_KINDS = ("query-head", "ffn-channel", "expert-channel", "conv-channel")

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import TOLERANCE, Flag, collect, flags
+from onnx_autoglm.options import TOLERANCE, DataOptions, Flag, Options, collect, flags
+from onnx_autoglm.quantization.options import QuantizationOptions
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
 
@@ -56,6 +57,7 @@ def cli() -> None:
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
     onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
     onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
+    onnx-autoglm quantize model.onnx -o out --calib text.txt
     """
 
 
@@ -66,6 +68,9 @@ def _option(flag: Flag) -> click.Option:
     """The command-line option of a field: its type, help text and default."""
     settings: dict[str, Any] = {"help": flag.field.description, "metavar": flag.metavar, "default": None}
     kind, default = flag.field.annotation, flag.field.default
+    if kind is bool and default is True:
+        settings["help"] = f"{flag.field.description}  [default: yes]"
+        return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
     if kind == (bool | None):
         return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
     if kind is bool:
@@ -110,7 +115,7 @@ def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool,
       onnx-autoglm optimize model.onnx -o out --prune ffn-channel=0.3 --scope global --align 8
       onnx-autoglm optimize model.onnx -o out --config pruning.yaml
     """
-    options = collect({**given, "prune": ",".join(given["prune"])}, config)
+    options: Options = collect({**given, "prune": ",".join(given["prune"])}, config)
     folder = output or model.with_name(f"{model.stem}-pruned")
     from onnx_autoglm import pipeline
 
@@ -156,6 +161,41 @@ def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance
         click.echo(
             f"masked == pruned: worst relative difference {proof.difference.relative:.1e} (limit {tolerance:.0e})"
         )
+
+
+@cli.command(params=[_option(flag) for model in (QuantizationOptions, DataOptions) for flag in flags(model)])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output folder.  [default: MODEL's name + -quantized]",
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML file with sections quantization and data."
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def quantize(model: Path, output: Path | None, quiet: bool, **given: Any) -> None:
+    """Write MODEL with integers for ONNX Runtime and for TensorRT, as fast as the limit of loss allows.
+
+    Writes model.onnx (unchanged), model.cpu.onnx, model.trt.onnx and quantization.json into the output folder, or
+    nothing. The default, auto, learns from what a language model writes itself; text like that of the application is
+    better, and --eval measures the result on more of it.
+
+    \b
+    Examples:
+      onnx-autoglm quantize model.onnx -o out --calib text.txt --eval other-text.txt
+      onnx-autoglm quantize model.onnx -o out --quantize w8a8 --max-loss 1% --target cpu --calib text.txt
+      onnx-autoglm quantize model.onnx -o out --quantize w4 --target cpu --quantize-regime decode
+    """
+    folder = output or model.with_name(f"{model.stem}-quantized")
+    from onnx_autoglm.quantization.pipeline import quantize as run
+
+    with _progress(quiet) as progress:
+        report = run(model, folder, progress=progress, **given)
+    if not quiet:
+        report.print(_console(sys.stdout))
+        click.echo(f"written to {folder}")
 
 
 @cli.command("eval")

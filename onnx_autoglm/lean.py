@@ -19,7 +19,13 @@ _WAIT_BYTES = 1 << 20  # work on weights below this need not wait
 
 
 def prepare(model: ir.Model, *, cast_when_run: bool) -> None:
-    """Applies all edits in place."""
+    """Applies all edits in place.
+
+    A quantized graph that ONNX Runtime is to optimize stays as it is: its kernels for integers are found by what
+    surrounds a DequantizeLinear.
+    """
+    if not cast_when_run and any(node.op_type == "DequantizeLinear" for node in model.graph):
+        return
     if cast_when_run:
         _cast_when_run(model.graph)
     _multiply_transposed(model)

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,9 +25,11 @@ from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
+from onnx_autoglm.quantization.options import QuantizationStage
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
 
 DEFAULT_FRACTION = 0.25
+T = TypeVar("T", bound=BaseModel)
 
 
 class _Options(BaseModel):
@@ -283,7 +285,7 @@ class Options(_Options):
         description="Closed-form repair of the consumers' weights on calibration data: affine (least squares with a "
         "bias), bias (the mean of what went), none. auto is affine with data and none without.",
     )
-    quantize: Literal["none"] = Field(default="none", description="Quantization of the result.")
+    quantization: QuantizationStage = QuantizationStage()
     check: CheckOptions = CheckOptions()
 
     @model_validator(mode="after")
@@ -331,13 +333,17 @@ def flags(model: type[BaseModel] = Options, path: tuple[str, ...] = ()) -> Itera
         )
 
 
-def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Options:
+def collect(
+    given: Mapping[str, Any],
+    config: Path | str | None = None,
+    model: type[T] = Options,  # type: ignore[assignment]
+) -> T:
     """Options from keywords (named as the flags) over a configuration file.
 
     Raises:
         UserError: an unknown keyword or a value that is not allowed.
     """
-    known = {flag.keyword: flag for flag in flags()}
+    known = {flag.keyword: flag for flag in flags(model)}
     data = {} if config is None else read_config(Path(config))
     for keyword, value in given.items():
         if keyword not in known:
@@ -353,13 +359,17 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
             target[section] = dict(inner)
             target = target[section]
         target[name] = value
-    return make_options(data, str(config) if config else "options")
+    return make_options(data, str(config) if config else "options", model)
 
 
-def make_options(data: dict[str, Any], where: str) -> Options:
+def make_options(
+    data: dict[str, Any],
+    where: str,
+    model: type[T] = Options,  # type: ignore[assignment]
+) -> T:
     """Validates options. Raises UserError with one line per mistake."""
     try:
-        return Options.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         lines = []
         for item in error.errors():

@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onnx_autoglm.errors import UserError
@@ -54,7 +54,7 @@ def explained(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; {fix}") from error
 
 
-def publish(staged: Path, folder: Path) -> None:
+def publish(staged: Path, folder: Path, names: Sequence[str] = _FILES) -> None:
     """Moves the finished files into place.
 
     A new folder appears in one step. In an existing one the old files are set aside first and come back
@@ -67,14 +67,14 @@ def publish(staged: Path, folder: Path) -> None:
     aside = staged / "replaced"
     aside.mkdir()
     try:
-        for name in _FILES:
+        for name in names:
             if (folder / name).exists():
                 os.replace(folder / name, aside / name)
-        for name in _FILES:
+        for name in names:
             if (staged / name).exists():
                 os.replace(staged / name, folder / name)
     except BaseException:
-        for name in _FILES:
+        for name in names:
             if (aside / name).exists():
                 os.replace(aside / name, folder / name)
         raise

@@ -13,7 +13,7 @@ def fold_batchnorm(model: ir.Model) -> int:
     """
     folded = 0
     for norm in list(model.graph):
-        if norm.op_type != "BatchNormalization" or norm.attributes.get_int("training_mode", 0):
+        if norm.op_type != "BatchNormalization" or norm.attributes.get_int("training_mode", 0) == 1:
             continue
         conv = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if conv is None or conv.op_type != "Conv" or not _can_fold(conv, norm):
@@ -25,7 +25,9 @@ def fold_batchnorm(model: ir.Model) -> int:
 
 def _can_fold(conv: ir.Node, norm: ir.Node) -> bool:
     constants = [*conv.inputs[1:], *norm.inputs[1:]]
-    known = all(value is None or (value.is_initializer() and value.const_value is not None) for value in constants)
+    known = all(
+        value is None or (value.is_initializer() and value.const_value is not None) for value in constants
+    )
     weight, output = conv.inputs[1], conv.outputs[0]
     alone = len(output.uses()) == 1 and not output.is_graph_output()
     return known and alone and weight is not None and len(weight.uses()) == 1
@@ -37,7 +39,9 @@ def _fold(graph: ir.Graph, conv: ir.Node, norm: ir.Node) -> None:
     weight = conv.inputs[1]
     assert weight is not None and weight.const_value is not None
     kind = weight.const_value.dtype
-    array = np.asarray(_array(weight), np.float64) * gain.reshape(-1, *[1] * (len(weight.const_value.shape) - 1))
+    array = np.asarray(_array(weight), np.float64) * gain.reshape(
+        -1, *[1] * (len(weight.const_value.shape) - 1)
+    )
     weight.const_value = ir.Tensor(array.astype(kind.numpy()), dtype=kind, name=weight.name)
     old = conv.inputs[2] if len(conv.inputs) > 2 else None
     shift = (0 if old is None else np.asarray(_array(old), np.float64)) - mean

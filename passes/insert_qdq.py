@@ -69,7 +69,9 @@ def insert_qdq(
         node = nodes[decision.place.node]
         if decision.scheme in ("w8a8", "fp8"):
             operand = next(
-                index for index, value in enumerate(node.inputs) if value is not None and value.name == decision.place.activation
+                index
+                for index, value in enumerate(node.inputs)
+                if value is not None and value.name == decision.place.activation
             )
             pairs.feed(node, operand, is_fp8=decision.scheme == "fp8")
         writer.write(node, decision)
@@ -144,17 +146,26 @@ class _Pairs:
     def _pair(self, value: ir.Value, threshold: float, is_fp8: bool) -> ir.Value:
         name, kind = value.name or "", value.dtype or ir.DataType.FLOAT
         scale_number = threshold / (448.0 if is_fp8 else LEVELS)
-        scale = self._constant(f"{name}/scale{'_fp8' if is_fp8 else ''}", np.asarray(scale_number, kind.numpy()), kind)
+        scale = self._constant(
+            f"{name}/scale{'_fp8' if is_fp8 else ''}", np.asarray(scale_number, kind.numpy()), kind
+        )
         if is_fp8:
-            zero = self._constant("zero/fp8", np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), ir.DataType.FLOAT8E4M3FN)
+            zero = self._constant(
+                "zero/fp8", np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), ir.DataType.FLOAT8E4M3FN
+            )
         elif self._target == "cpu":
             zero = self._constant("zero/uint8", np.asarray(128, np.uint8), ir.DataType.UINT8)
         else:
             zero = self._constant("zero/int8", np.asarray(0, np.int8), ir.DataType.INT8)
         quantize = ir.node("QuantizeLinear", [value, scale, zero], name=f"{name}/quantize")
-        dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}/dequantize")
+        dequantize = ir.node(
+            "DequantizeLinear", [quantize.outputs[0], scale, zero], name=f"{name}/dequantize"
+        )
         quantize.outputs[0].name, dequantize.outputs[0].name = f"{name}/quantized", f"{name}/dequantized"
-        quantize.outputs[0].type, dequantize.outputs[0].type = ir.TensorType(zero.dtype or kind), ir.TensorType(kind)
+        quantize.outputs[0].type, dequantize.outputs[0].type = (
+            ir.TensorType(zero.dtype or kind),
+            ir.TensorType(kind),
+        )
         quantize.outputs[0].shape = dequantize.outputs[0].shape = value.shape
         maker = value.producer()
         if maker is None:

@@ -62,7 +62,12 @@ def smooth(
         step(f"smooth {number} of {len(foldings)}")
         recording = recordings[folding.activation]
         strength, scales, before, after = _best(model, folding, recording, strengths)
-        entry = {"activation": folding.activation, "strength": strength, "error_before": before, "error": after}
+        entry = {
+            "activation": folding.activation,
+            "strength": strength,
+            "error_before": before,
+            "error": after,
+        }
         if scales is not None:
             fold(model, folding, scales)
         done.append(entry)
@@ -90,7 +95,7 @@ def _replace(graph: ir.Graph, node: ir.Node, operand: int, factors: Floats, axis
         value.const_value = tensor
         return
     own = ir.Value(name=f"{value.name}/smoothed/{node.outputs[0].name}", const_value=tensor)
-    own.shape, own.dtype = value.shape, value.dtype
+    own.shape, own.dtype = value.shape, value.const_value.dtype
     graph.register_initializer(own)
     node.replace_input_with(operand, own)
 

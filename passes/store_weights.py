@@ -20,7 +20,9 @@ class WeightWriter:
 
     def __init__(self, graph: ir.Graph, target: Target, *, lookups: bool) -> None:
         self._graph, self._target, self._lookups = graph, target, lookups
-        self._stored: dict[tuple[str, int], ir.Value] = {}  # by initializer and bits: what products read instead
+        self._stored: dict[
+            tuple[str, int], ir.Value
+        ] = {}  # by initializer and bits: what products read instead
         self._tables: dict[str, tuple[ir.Value, ir.Value]] = {}  # by initializer: integers and scales per row
 
     def write(self, node: ir.Node, decision: Decision) -> None:
@@ -57,7 +59,10 @@ class WeightWriter:
             stored_type, factor = ir.DataType.FLOAT8E4M3FN, np.float32(127 / 448)
             scales = scales * factor
             stored = lazy(
-                place.initializer, stored_type, shape, lambda: _fp8(np.asarray(tensor.numpy()), scales, place.channel_axis)
+                place.initializer,
+                stored_type,
+                shape,
+                lambda: _fp8(np.asarray(tensor.numpy()), scales, place.channel_axis),
             )
         else:
             stored_type = ir.DataType.INT8 if weight.bits == 8 else ir.DataType.INT4
@@ -107,9 +112,7 @@ class WeightWriter:
             values = np.zeros((blocks * block, n), np.int16)
             values[:k] = weight.values
             unsigned = (values + (1 << (weight.bits - 1))).astype(np.uint8).T.reshape(n, blocks, block)
-            if weight.bits == 4:
-                unsigned = unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
-            return unsigned
+            return unsigned if weight.bits == 8 else unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
 
         tensor = self._graph.initializers[place.initializer].const_value
         assert tensor is not None
@@ -120,7 +123,9 @@ class WeightWriter:
         factors = self._array(f"{name}/scale", scales, tensor.dtype)
         activation = next(v for v in node.inputs if v is not None and v.name == place.activation)
         attributes = {"K": k, "N": n, "bits": weight.bits, "block_size": block, "accuracy_level": 4}
-        product = ir.node("MatMulNBits", [activation, packed, factors], attributes, domain="com.microsoft", name=node.name)
+        product = ir.node(
+            "MatMulNBits", [activation, packed, factors], attributes, domain="com.microsoft", name=node.name
+        )
         self._graph.opset_imports.setdefault("com.microsoft", 1)
         _take_over(self._graph, node, product)
 
@@ -130,7 +135,12 @@ class WeightWriter:
             if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
                 continue
             table = node.inputs[0]
-            if table is None or not table.is_initializer() or table.is_graph_output() or table.const_value is None:
+            if (
+                table is None
+                or not table.is_initializer()
+                or table.is_graph_output()
+                or table.const_value is None
+            ):
                 continue
             tensor = table.const_value
             if len(tensor.shape) != 2 or tensor.size < _LOOKUP or not tensor.dtype.is_floating_point():
@@ -195,7 +205,9 @@ class WeightWriter:
 def _fp8(array: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
     shape = [1] * array.ndim
     shape[axis] = -1
-    return np.clip(array.astype(np.float32) / scales.reshape(shape), -448, 448).astype(ir.DataType.FLOAT8E4M3FN.numpy())
+    return np.clip(array.astype(np.float32) / scales.reshape(shape), -448, 448).astype(
+        ir.DataType.FLOAT8E4M3FN.numpy()
+    )
 
 
 def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> ir.Node:

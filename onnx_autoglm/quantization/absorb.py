@@ -138,19 +138,23 @@ def _walk(
         return _operand(analysis, node, 0, atoms, _split_window(node, value, atoms, analysis))
     if kind == "MatMul":
         return _operand(analysis, node, 1, atoms, window)
-    if kind == "Gemm" and not node.attributes.get_int("transA", 0):
+    if kind == "Gemm":
         bias = len(node.inputs) > 2 and node.inputs[2] is not None
         operands = (1, 2) if bias else (1,)
         return [e for index in operands for e in _operand(analysis, node, index, atoms, window)]
     if kind == "Conv":
         bias = len(node.inputs) > 2 and node.inputs[2] is not None
-        return [e for index in ((1, 2) if bias else (1,)) for e in _operand(analysis, node, index, atoms, None)]
+        return [
+            e for index in ((1, 2) if bias else (1,)) for e in _operand(analysis, node, index, atoms, None)
+        ]
     if kind == "BatchNormalization":
         return [e for index in (1, 2) for e in _operand(analysis, node, index, atoms, None)]
     if kind == "Attention" and value is node.outputs[0]:
         return _operand(analysis, node, 2, atoms, None)
     if kind in _NORMS and value is node.outputs[0]:
-        present = [index for index in _NORMS[kind] if len(node.inputs) > index and node.inputs[index] is not None]
+        present = [
+            index for index in _NORMS[kind] if len(node.inputs) > index and node.inputs[index] is not None
+        ]
         return [entry for index in present for entry in _operand(analysis, node, index, atoms, window)]
     raise Refusal(f"{label(node)} is not linear in what makes its columns")
 
@@ -166,7 +170,8 @@ def _operand(
     if value.is_initializer() and not value.is_graph_input():
         axes = [axis for axis, dim in enumerate(dims) if atoms & set(leaves(dim))]
         if node.op_type in ("MatMul", "Gemm") and index == 1:  # not the contracted axis, should it be alike
-            made = 0 if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) else len(dims) - 1
+            is_turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
+            made = 0 if is_turned else len(dims) - 1
             axes = [axis for axis in axes if axis == made]
         elif node.op_type == "Conv" and index == 1:
             axes = [axis for axis in axes if axis == 0]

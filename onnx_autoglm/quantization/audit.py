@@ -56,12 +56,16 @@ def audit(path: Path, decisions: Sequence[Decision], scratch: Path | None = None
         options.log_severity_level = 4
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
         options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise UserError(f"ONNX Runtime cannot load {path.name}: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"ONNX Runtime cannot load {path.name}: {' '.join(str(error).split())[:300]}"
+            ) from error
         graph = onnx.load(str(optimized), load_external_data=False).graph
     return _read(graph, decisions)
 

@@ -19,6 +19,7 @@ from onnx_autoglm.statistics import Moments
 from onnx_autoglm.walk import Walk
 
 Floats = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.float64]
 SAMPLE = 256  # rows that choices are tried on
 _TOGETHER = 8  # activations per stop of the walk
 
@@ -29,13 +30,14 @@ class Recording:
 
     `largest` is max |x| per column `[k]`, a column being an index of the contracted axis (a channel of a convolution).
     `rows` is a sample `[m, k]` of what is multiplied (`[m, k * kernel]` for a convolution): rows evenly spread, and
-    the one with the largest entry of each run. `moments` has the second moments, where they were asked for.
+    the one with the largest entry of each run. `moments` is the mean of x x^T `[k, k]`, mapped from a
+    file, where it was asked for.
     """
 
     histogram: Histogram
     largest: Floats
     rows: Floats
-    moments: Moments | None = None
+    moments: Matrix | None = None
 
 
 def record(
@@ -43,7 +45,7 @@ def record(
     places: Sequence[Place],
     feeds: Sequence[Arrays],
     *,
-    moments: bool = False,
+    moments: Path | None = None,
     others: Sequence[str] = (),
     scratch: Path | None = None,
     step: Callable[[str], None] = lambda _: None,
@@ -51,7 +53,7 @@ def record(
     """Runs a canonical model on all feeds and records the activations that the places read, by name.
 
     Args:
-        moments: also record second moments, which take k^2 numbers each.
+        moments: a folder to write second moments to, k^2 numbers each; none are recorded without.
         others: values of which only the histogram is wanted; the second result.
         scratch: the folder for values between the pieces of the run.
 
@@ -71,7 +73,7 @@ def record(
             step(f"calibrate {start + len(together)} of {len(names)} activations")
             walk.reach(together)
             parts: dict[str, _Part] = {
-                name: _Part(readers[name], nodes[readers[name].node], model, len(feeds), moments)
+                name: _Part(readers[name], nodes[readers[name].node], model, len(feeds), moments is not None)
                 for name in together
                 if name in readers
             }
@@ -83,7 +85,9 @@ def record(
                         parts[name].add(array)
                     if name in plain:
                         plain[name].add(array)
-            found |= {name: part.finish() for name, part in parts.items()}
+            for name, part in parts.items():
+                path = None if moments is None else moments / f"{len(found)}.npy"
+                found[name] = part.finish(path)
     return found, plain
 
 
@@ -120,11 +124,15 @@ class _Part:
         if self._moments is not None:
             self._moments.add(rows)
 
-    def finish(self) -> Recording:
+    def finish(self, path: Path | None) -> Recording:
         width = self._place.inputs
         rows = np.concatenate(self._rows) if self._rows else np.zeros((0, width), np.float32)
         assert self._largest is not None
-        return Recording(self._histogram, self._largest, rows, self._moments)
+        if self._moments is None or path is None:
+            return Recording(self._histogram, self._largest, rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, self._moments.products / max(self._moments.count, 1))
+        return Recording(self._histogram, self._largest, rows, np.load(path, mmap_mode="r"))
 
 
 def _refuse_infinite(name: str, array: np.ndarray, reader: Place | None) -> None:

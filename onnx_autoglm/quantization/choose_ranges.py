@@ -13,7 +13,6 @@ from onnx_autoglm.quantization.output_error import OutputError, weight_of
 from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.ranges import candidates, mse
 from onnx_autoglm.quantization.schemes import Range
-from onnx_autoglm.quantization.weights import Quantized
 
 _NEAR = (0.5, 0.6, 0.7, 0.8, 0.9, 1.15, 1.3)  # times the best that was proposed
 
@@ -22,14 +21,12 @@ def choose_ranges(
     model: ir.Model,
     places: Sequence[Place],
     recordings: Mapping[str, Recording],
-    weights: Mapping[str, Quantized],
     calibrator: str = "auto",
     step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Range]:
     """A range for every activation that is not zero everywhere, by name.
 
     Args:
-        weights: by initializer.
         calibrator: `auto` takes what leaves the least error at the outputs of the products that read the activation, on
             sampled rows, and refines it; a name (min-max, mse, entropy, percentile) takes that one.
     """
@@ -41,7 +38,7 @@ def choose_ranges(
         step(f"choose ranges {number} of {len(readers)}")
         recording = recordings[name]
         if recording.histogram.largest > 0:
-            found[name] = _choose(model, own, recording, weights, calibrator)
+            found[name] = _choose(model, own, recording, calibrator)
     return found
 
 
@@ -61,15 +58,12 @@ def _choose(
     model: ir.Model,
     places: Sequence[Place],
     recording: Recording,
-    weights: Mapping[str, Quantized],
     calibrator: str,
 ) -> Range:
     proposed = candidates(recording.histogram)
     if not len(recording.rows):
         return range_of(recording.histogram, calibrator)
-    errors_of = [
-        OutputError(recording.rows, weight_of(model, place), weights[place.initializer]) for place in places
-    ]
+    errors_of = [OutputError(recording.rows, weight_of(model, place)) for place in places]
 
     def error(threshold: float) -> float:
         return float(np.mean([of(threshold) for of in errors_of]))

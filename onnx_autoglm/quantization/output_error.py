@@ -39,8 +39,8 @@ class OutputError:
     row, since what follows is normalised: otherwise a few rows a hundred times as large as the others would decide.
     """
 
-    def __init__(self, rows: Floats, weight: Floats, quantized: Quantized) -> None:
-        self._rows, self._held = rows, quantized.floats()
+    def __init__(self, rows: Floats, weight: Floats, quantized: Quantized | None = None) -> None:
+        self._rows, self._held = rows, weight if quantized is None else quantized.floats()
         self._exact = rows @ weight
         squares = np.square(self._exact).sum(axis=1)
         self._squares = np.maximum(squares, 1e-3 * np.median(squares) + 1e-30) if len(rows) else squares

@@ -106,7 +106,7 @@ def _why_not(node: ir.Node, operand: int, initializer: ir.Value, sizes: list[int
     if node.op_type == "Gemm" and (
         node.attributes.get_float("alpha", 1.0) != 1
         or node.attributes.get_float("beta", 1.0) != 1
-        or node.attributes.get_int("transA", 0)
+        or node.attributes.get_int("transA", 0) != 0
     ):
         return "this Gemm scales or transposes its operands"
     is_depthwise = node.op_type == "Conv" and node.attributes.get_int("group", 1) == sizes[0]

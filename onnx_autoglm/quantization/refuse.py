@@ -19,4 +19,6 @@ def refuse_quantized(model: ir.Model, name: str) -> None:
     found = Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in _INTEGER_OPS)
     if found:
         listed = ", ".join(f"{count} x {kind}" for kind, count in found.most_common(4))
-        raise UserError(f"{name} is quantized already ({listed}): pass the model in floating point that it was made from")
+        raise UserError(
+            f"{name} is quantized already ({listed}): pass the model in floating point that it was made from"
+        )

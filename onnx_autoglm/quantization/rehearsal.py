@@ -85,7 +85,9 @@ def _input(name: str, part: str) -> str:
 
 def _round(graph: ir.Graph, name: str) -> None:
     """Lets all readers of a value read it as `step * clip(round(x / step), low, high)`, with inputs for these."""
-    value = next(v for node in graph for v in node.outputs if v.name == name) if _is_made(graph, name) else None
+    value = (
+        next(v for node in graph for v in node.outputs if v.name == name) if _is_made(graph, name) else None
+    )
     value = value if value is not None else next(v for v in graph.inputs if v.name == name)
     kind = value.dtype or ir.DataType.FLOAT
     parts = []

@@ -40,7 +40,9 @@ def floats_tensor(quantized: Quantized, place: Place, tensor: ir.TensorProtocol)
 
     def compute() -> ir.TensorProtocol:
         array = as_stored(quantized.floats(), place, shape)
-        return ir.Tensor(np.ascontiguousarray(array.astype(tensor.dtype.numpy())), dtype=tensor.dtype, name=tensor.name)
+        return ir.Tensor(
+            np.ascontiguousarray(array.astype(tensor.dtype.numpy())), dtype=tensor.dtype, name=tensor.name
+        )
 
     return ir.LazyTensor(compute, tensor.dtype, ir.Shape(shape), name=tensor.name)
 

@@ -36,7 +36,9 @@ def time_schemes(
     for number, (inputs, outputs) in enumerate(shapes, 1):
         step(f"time {number} of {len(shapes)}: {inputs} x {outputs} at {rows} rows")
         copies = max(1, min(_MOST, _WORKING_SET // (4 * inputs * outputs)))
-        sessions = {scheme: Session(_model(inputs, outputs, copies, scheme), optimize=True) for scheme in schemes}
+        sessions = {
+            scheme: Session(_model(inputs, outputs, copies, scheme), optimize=True) for scheme in schemes
+        }
         feed = {"x": np.random.default_rng(0).normal(size=(1, rows, inputs)).astype(np.float32)}
         best = dict.fromkeys(schemes, np.inf)
         for run in range(_RUNS + 1):

@@ -1,0 +1,78 @@
+"""Which products compute in 8 bits, and which fall back, so that a limit of loss holds at the least cost in time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from onnx_autoglm.divergence import Loss
+from onnx_autoglm.quantization.places import Place
+from onnx_autoglm.quantization.rehearsal import Rehearsal
+from onnx_autoglm.quantization.schemes import Scheme
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The products that read one activation: they round it together, or not at all.
+
+    `cost` is what falling back adds to the time of a run, as a share of the whole; `fallback` the scheme it falls to.
+    """
+
+    activation: str
+    places: tuple[Place, ...]
+    cost: float
+    fallback: Scheme
+
+    @property
+    def macs(self) -> int:
+        return sum(place.macs for place in self.places)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """The activations that are rounded, the loss that was measured with them, and what each one adds alone."""
+
+    rounded: frozenset[str]
+    loss: Loss
+    sensitivity: Mapping[str, float]
+
+
+def mix(
+    rehearsal: Rehearsal,
+    units: Sequence[Unit],
+    limit: float,
+    always: Sequence[str] = (),
+    step: Callable[[str], None] = lambda _: None,
+) -> Mix:
+    """The most that may be rounded with a measured divergence of at most `limit` (nats, or relative squared error).
+
+    Each activation is rounded alone first, which tells its sensitivity. Then those fall back that lower the loss most for
+    the time they cost, as few as the limit allows; how many is found by halving, each time by a measurement of all
+    together. If even none is too much, none is rounded.
+
+    Args:
+        always: names that are rounded in any case (results of convolutions).
+    """
+    names = [unit.activation for unit in units]
+    everything = rehearsal.measure([*names, *always])
+    if everything.divergence <= limit:
+        return Mix(frozenset(names), everything, {})
+    base = rehearsal.measure(always)
+    sensitivity = {}
+    for number, unit in enumerate(units, 1):
+        step(f"sensitivity {number} of {len(units)}: {unit.activation}")
+        alone = rehearsal.measure([unit.activation, *always])
+        sensitivity[unit.activation] = max(alone.divergence - base.divergence, 0.0)
+    order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / max(unit.cost, 1e-9))
+    low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
+    best = (frozenset[str](), base)
+    while high - low > 1:
+        middle = (low + high) // 2
+        step(f"mix: {middle} of {len(order)} fall back")
+        chosen = frozenset(unit.activation for unit in order[middle:])
+        loss = rehearsal.measure([*chosen, *always])
+        if loss.divergence <= limit:
+            high, best = middle, (chosen, loss)
+        else:
+            low = middle
+    return Mix(best[0], best[1], sensitivity)
