@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from onnx_autoglm.criterion_names import BUILT_IN, CriterionOption
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
@@ -48,12 +49,12 @@ class PruningOptions(_Options):
         "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
         json_schema_extra=_flag("--prune", "KIND=FRACTION"),
     )
-    algorithm: Literal["auto", "obs", "flap", "wanda", "l2", "l1", "random"] = Field(
+    algorithm: CriterionOption = Field(
         default="auto",
         description="How structures are scored. With calibration data: obs (the error that is left after the best "
-        "refit), flap (variance times weight), wanda (size times weight); without: l2 or l1 (norms of all weights "
-        "that go with one), or random. auto is obs with data and l2 without.",
-        json_schema_extra=_flag("--criterion"),
+        "refit), flap (variance times weight), wanda (size times weight), minitron (size); without: l2 or l1 (norms "
+        "of all weights that go with one), or random. auto is obs with data and l2 without. MODULE:NAME is your own.",
+        json_schema_extra=_flag("--criterion", "|".join((*BUILT_IN, "MODULE:NAME"))),
     )
     scope: Literal["layer", "global"] = Field(
         default="layer",

@@ -7,8 +7,9 @@ from typing import Any
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.budget import USUAL_KINDS
 from onnx_autoglm.consumers import consumers_of
+from onnx_autoglm.criteria import Criterion, find_criterion
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.evidence import OBSERVING, Data, Evidence, Repair
+from onnx_autoglm.evidence import Data, Evidence, Repair
 from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates
 from onnx_autoglm.passes.score_norm import Scores
@@ -124,17 +125,27 @@ def refuse_nothing(decisions: list[Decision]) -> None:
         raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
 
 
-def methods_of(options: Options, data: Data) -> tuple[str, Repair]:
+def criterion_of(options: Options) -> Criterion | None:
+    """The criterion that the user chose; None for `auto`. Raises UserError if it cannot be had."""
+    chosen = options.pruning.algorithm
+    return None if chosen == "auto" else find_criterion(chosen, seed=options.pruning.seed)
+
+
+def wants_self_text(options: Options, criterion: Criterion | None) -> bool:
+    """Whether anything learns from data, and none is given."""
+    learns = criterion is None or criterion.needs_data or options.repair != "none"
+    return learns and options.data.calibration in ("auto", "self")
+
+
+def methods_of(options: Options, data: Data, chosen: Criterion | None) -> tuple[Criterion, Repair]:
     """The criterion and the repair that `auto` comes to. Raises UserError if one needs data that is not there."""
     given = data.calibration is not None
-    criterion = options.pruning.algorithm
-    if criterion == "auto":
-        criterion = "obs" if given else "l2"
+    criterion = chosen or find_criterion("obs" if given else "l2")
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
-    if not given and (criterion in OBSERVING or repair != "none"):
-        what = criterion if criterion in OBSERVING else f"repair {repair}"
+    if not given and (criterion.needs_data or repair != "none"):
+        what = criterion.name if criterion.needs_data else f"repair {repair}"
         why = f" ({data.notes[0]})" if data.notes else ""
         raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images){why}")
     return criterion, repair

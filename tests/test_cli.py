@@ -322,7 +322,7 @@ def test_a_configuration_with_unknown_options(source: Path, tmp_path: Path) -> N
 
 def test_wrong_usage_is_exit_code_two(source: Path) -> None:
     assert run("optimize").returncode == 2
-    assert run("optimize", source, "--criterion", "magic").returncode == 2
+    assert run("optimize", source, "--scope", "magic").returncode == 2
 
 
 def test_an_output_that_is_the_input(source: Path) -> None:
