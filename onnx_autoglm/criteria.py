@@ -29,8 +29,9 @@ class Criterion:
     """How structures are scored; those of highest score stay.
 
     `score(structures, evidence)` gives each structure an array `[*sizes of its outer atoms, size]`
-    (`Structure.shape`) of finite numbers. A structure that it leaves out is scored by its norm. With `needs_data`
-    the source is observed on calibration data first (`Evidence.reads`).
+    (`Structure.shape`) of finite numbers. With `needs_data` the source is observed on calibration data first
+    (`Evidence.reads`). A structure that it leaves out is then scored by its energy, if a product of two activations
+    sums over it; any other by its norm.
     """
 
     name: str
@@ -83,6 +84,8 @@ def score(
     Raises UserError for scores of the user's own that have the wrong shape or are not finite.
     """
     scores = dict(criterion.score(wanted, evidence))
+    if criterion.needs_data:
+        scores = evidence.energies | scores
     rest = [structure for structure in wanted if structure not in scores]
     return scores | ScoreNorm(2)(rest), rest
 

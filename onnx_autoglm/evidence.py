@@ -17,6 +17,8 @@ from onnx_autoglm.data import Arrays, Dataset, load_dataset, refuse_idle_preproc
 from onnx_autoglm.data_text import feeds_for
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import Options
+from onnx_autoglm.passes.score_energy import score_energy
+from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.plan import Plan, cut_arrays
 from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.self_text import write_texts
@@ -148,12 +150,14 @@ class Evidence:
     ) -> None:
         atoms = {structure.atom for structure in wanted}
         self.progress = progress
+        self._analysis, self._wanted = structures.analysis, wanted
         self.consumers = [
             consumer
             for consumer in find_consumers(structures)
             if atoms & set(leaves(consumer.contraction.dim))
         ]
         self.observed: Mapping[Key, Observed] = {}
+        self.energies: dict[Structure, Scores] = {}  # of what no weight contracts
 
     def observe(self, model: ir.Model, data: Data) -> dict[str, Any]:
         """Runs the source on the calibration set."""
@@ -161,6 +165,8 @@ class Evidence:
         contractions = [consumer.contraction for consumer in self.consumers]
         if contractions:
             self.observed = observe(model, contractions, data.calibration.feeds, step=self.progress)
+        unread = [s for s in self._wanted if not consumers_of(s, self.consumers)]
+        self.energies = score_energy(unread, self._analysis, model, data.calibration.feeds, self.progress)
         return {"rows": data.calibration.rows, "consumers": len(contractions)}
 
     def reads(self, structure: Structure) -> Iterator[Reads]:

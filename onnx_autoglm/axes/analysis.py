@@ -17,6 +17,7 @@ from onnx_autoglm.axes.facts import (
     Pin,
     PinKind,
     Role,
+    ScoredProduct,
     ZeroCheck,
     label,
 )
@@ -55,6 +56,7 @@ class Analysis:
         self.products: list[list[Dim]] = []  # all axes of each product, before any is summed over
         self.mixed: list[list[Dim]] = []  # axes of a value but for the one along which an op mixes it
         self.contractions: list[Contraction] = []
+        self.scored: list[ScoredProduct] = []
         self.zero_checks: list[ZeroCheck] = []
         self.counted: list[CountedAttribute] = []
         self.defaulted: list[DefaultedAttribute] = []

@@ -41,7 +41,7 @@ def product_roles(
         for dim in batch:
             op.role(dim, Role.HEAD)
         for dim in contracted:
-            op.role(dim, Role.SCORED)
+            op.scores(operands, dim)
             op.must_be_zero(operands, dim, CONTRACTION)
         for dim in (*free[0], *free[1]):
             op.role(dim, Role.CARRIED)
