@@ -30,8 +30,8 @@ class Criterion:
 
     `score(structures, evidence)` gives each structure an array `[*sizes of its outer atoms, size]`
     (`Structure.shape`) of finite numbers. With `needs_data` the source is observed on calibration data first
-    (`Evidence.reads`). A structure that it leaves out is then scored by its energy, if a product of two activations
-    sums over it; any other by its norm.
+    (`Evidence.reads`). Queries and keys that it leaves out are then scored by their energy, blocks by
+    their influence, anything else by its norm.
     """
 
     name: str
@@ -83,9 +83,7 @@ def score(
 
     Raises UserError for scores of the user's own that have the wrong shape or are not finite.
     """
-    scores = dict(criterion.score(wanted, evidence))
-    if criterion.needs_data:
-        scores = evidence.energies | scores
+    scores = evidence.measured | dict(criterion.score(wanted, evidence))
     rest = [structure for structure in wanted if structure not in scores]
     return scores | ScoreNorm(2)(rest), rest
 
@@ -137,7 +135,9 @@ def _current_folder_importable() -> Iterator[None]:
 
 
 def _by_norm(p: int) -> Callable[[int], Criterion]:
-    return lambda _: Criterion(f"l{p}", False, lambda structures, _: ScoreNorm(p)(structures))
+    return lambda _: Criterion(
+        f"l{p}", False, lambda structures, _: ScoreNorm(p)([s for s in structures if s.places])
+    )
 
 
 def _by_obs(_: int) -> Criterion:

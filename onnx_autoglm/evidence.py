@@ -17,6 +17,7 @@ from onnx_autoglm.data import Arrays, Dataset, load_dataset, refuse_idle_preproc
 from onnx_autoglm.data_text import feeds_for
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import Options
+from onnx_autoglm.passes.score_blocks import score_blocks
 from onnx_autoglm.passes.score_energy import score_energy
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.plan import Plan, cut_arrays
@@ -150,14 +151,14 @@ class Evidence:
     ) -> None:
         atoms = {structure.atom for structure in wanted}
         self.progress = progress
-        self._analysis, self._wanted = structures.analysis, wanted
+        self._structures, self._wanted = structures, wanted
         self.consumers = [
             consumer
             for consumer in find_consumers(structures)
             if atoms & set(leaves(consumer.contraction.dim))
         ]
         self.observed: Mapping[Key, Observed] = {}
-        self.energies: dict[Structure, Scores] = {}  # of what no weight contracts
+        self.measured: dict[Structure, Scores] = {}  # scores of what no weight contracts
 
     def observe(self, model: ir.Model, data: Data) -> dict[str, Any]:
         """Runs the source on the calibration set."""
@@ -165,9 +166,19 @@ class Evidence:
         contractions = [consumer.contraction for consumer in self.consumers]
         if contractions:
             self.observed = observe(model, contractions, data.calibration.feeds, step=self.progress)
-        unread = [s for s in self._wanted if not consumers_of(s, self.consumers)]
-        self.energies = score_energy(unread, self._analysis, model, data.calibration.feeds, self.progress)
+        self.measure(model, data)
         return {"rows": data.calibration.rows, "consumers": len(contractions)}
+
+    def measure(self, model: ir.Model, data: Data) -> dict[str, Any]:
+        """Scores what no weight contracts: the energy of query and key channels, the influence of blocks."""
+        assert data.calibration is not None
+        feeds = data.calibration.feeds
+        unread = [s for s in self._wanted if not consumers_of(s, self.consumers)]
+        self.measured = score_energy(unread, self._structures.analysis, model, feeds, self.progress)
+        for structure in unread:
+            if structure.kind == "block":
+                self.measured[structure] = score_blocks(self._structures.blocks, model, feeds, self.progress)
+        return {"rows": data.calibration.rows, "consumers": 0}
 
     def reads(self, structure: Structure) -> Iterator[Reads]:
         """What each consumer of a structure reads; nothing where it has none, or nothing was observed."""

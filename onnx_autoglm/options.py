@@ -181,10 +181,8 @@ class BudgetOptions(_Options):
         for kind in value:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
-            if kind in LOSSY:
-                raise ValueError(
-                    f"{kind} changes what is left, so its loss cannot be told beforehand: use --prune"
-                )
+            if kind in LOSSY or kind == "block":
+                raise ValueError(f"the loss without some {kind} cannot be told beforehand: use --prune")
         return value
 
     @model_validator(mode="after")

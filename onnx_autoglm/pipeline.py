@@ -29,6 +29,7 @@ from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import choose, shortfalls
+from onnx_autoglm.passes.remove_blocks import chosen_blocks
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
@@ -43,6 +44,8 @@ from onnx_autoglm.request import (
     refuse_loss,
     refuse_nothing,
     refuse_unknown_layers,
+    removed_names,
+    wants_blocks,
     wants_self_text,
 )
 from onnx_autoglm.runtime import Session
@@ -113,6 +116,9 @@ def optimize(
     if criterion.needs_data or (repair != "none" and has_budget(options)):
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data))
+    elif wants_blocks(options, criterion):
+        with clock("observe") as effect:
+            effect.update(evidence.measure(source, data))
     with clock("score") as effect:
         scores, by_norm = score(criterion, wanted, evidence)
         effect["criterion"] = criterion.name
@@ -146,13 +152,15 @@ def optimize(
         effect["cut"] = len(selection.kept)
         refuse_nothing(decisions)
         changed = {name for d in decisions if d.keep < d.structure.size for name in d.structure.interface}
+        notes += removed_names(structures, selection)
         if changed:
             notes.append(
                 f"changes the shape of graph inputs and outputs (plan.json: interfaces): {', '.join(sorted(changed))}"
             )
     reports, pins = structure_reports(structures, decisions, scores), pin_reports(structures)
     with clock("remove and repair") as effect:
-        after_flops = count_flops(structures.analysis, selection)
+        gone = {node for block in chosen_blocks(structures, selection) for node in block.dying()}
+        after_flops = count_flops(structures.analysis, selection, gone)
         cut = apply_selection(structures, selection)
         plan = dataclasses.replace(
             cut.plan({"file": source_path.name, "sha256": before.sha256}), repair=repair

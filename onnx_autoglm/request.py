@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.budget import USUAL_KINDS
 from onnx_autoglm.consumers import consumers_of
@@ -93,7 +94,7 @@ def fractions_of(structures: Structures, options: Options) -> tuple[dict[str, fl
 
 
 def refuse_unknown_layers(options: Options, structures: Structures) -> None:
-    names = [structure.id for structure in structures.found]
+    names = [name for structure in structures.found for name in (structure.id, *structure.names)]
     for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
         if not any(matches(name, (glob,)) for name in names):
             raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
@@ -119,6 +120,15 @@ def refuse_the_impossible(
             raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
 
 
+def removed_names(structures: Structures, selection: Selection) -> list[str]:
+    """A note with the names of what was removed whole."""
+    return [
+        f"removed whole: {', '.join(n for n, stays in zip(s.names, selection.kept[s.atom], strict=True) if not stays)}"
+        for s in structures.found
+        if s.names and s.atom in selection.kept
+    ]
+
+
 def refuse_nothing(decisions: list[Decision]) -> None:
     if all(decision.keep == decision.structure.size for decision in decisions):
         first = next(decision for decision in decisions)
@@ -131,9 +141,16 @@ def criterion_of(options: Options) -> Criterion | None:
     return None if chosen == "auto" else find_criterion(chosen, seed=options.pruning.seed)
 
 
+def wants_blocks(options: Options, criterion: Criterion | None) -> bool:
+    """Whether whole blocks may go, which only data can compare."""
+    kinds = options.pruning.sparsity_level
+    return isinstance(kinds, dict) and "block" in kinds and not (criterion and criterion.name == "random")
+
+
 def wants_self_text(options: Options, criterion: Criterion | None) -> bool:
     """Whether anything learns from data, and none is given."""
     learns = criterion is None or criterion.needs_data or options.repair != "none"
+    learns |= wants_blocks(options, criterion)
     return learns and options.data.calibration in ("auto", "self")
 
 
@@ -144,8 +161,15 @@ def methods_of(options: Options, data: Data, chosen: Criterion | None) -> tuple[
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
-    if not given and (criterion.needs_data or repair != "none"):
-        what = criterion.name if criterion.needs_data else f"repair {repair}"
+    blocks = wants_blocks(options, criterion)
+    if not given and (criterion.needs_data or blocks or repair != "none"):
+        what = (
+            criterion.name
+            if criterion.needs_data
+            else "the choice of blocks"
+            if blocks
+            else f"repair {repair}"
+        )
         why = f" ({data.notes[0]})" if data.notes else ""
         raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images){why}")
     return criterion, repair

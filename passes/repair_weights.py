@@ -71,7 +71,8 @@ def repair_weights(
         normed: names of values whose last axis is normalised where they are read on.
     """
     order = {node: index for index, node in enumerate(pruned.graph)}
-    cut = [c for c in consumers if selection.touches(c.contraction.dim)]
+    left = [c for c in consumers if c.contraction.node in order]  # a removed block takes its own with it
+    cut = [c for c in left if selection.touches(c.contraction.dim)]
     done: list[dict[str, Any]] = []
     jobs: list[_Job] = []
     for consumer in sorted(cut, key=lambda c: order[c.contraction.node]):

@@ -33,7 +33,7 @@ def product_roles(
     `batch` are axes of both operands, `free` those of only one, `stacked` the batch axes as the weight
     (if one operand is a weight) has them.
     """
-    op.analysis.products.append([*batch, *free[0], *free[1], *contracted])
+    op.analysis.products.append((op.node, [*batch, *free[0], *free[1], *contracted]))
     is_weight = [op.is_weight(index) for index in operands]
     if all(is_weight):
         return
