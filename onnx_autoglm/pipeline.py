@@ -41,6 +41,7 @@ from onnx_autoglm.request import (
     measurable,
     methods_of,
     refuse_blind_limit,
+    refuse_large,
     refuse_loss,
     refuse_nothing,
     refuse_unknown_layers,
@@ -113,6 +114,7 @@ def optimize(
     notes = [*notes, *more, *data.notes]
     wanted = [decision.structure for decision in decisions if not decision.reason]
     evidence = Evidence(structures, wanted, progress)
+    refuse_large(options, source, data, criterion, repair, wanted, evidence, fractions)
     if criterion.needs_data or (repair != "none" and has_budget(options)):
         with clock("observe") as effect:
             effect.update(evidence.observe(source, data))

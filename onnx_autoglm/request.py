@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import onnx_ir as ir
 
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
@@ -11,6 +14,15 @@ from onnx_autoglm.consumers import consumers_of
 from onnx_autoglm.criteria import Criterion, find_criterion
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.evidence import Data, Evidence, Repair
+from onnx_autoglm.memory import (
+    Need,
+    available_bytes,
+    needs_of_data,
+    needs_of_quality,
+    needs_of_repair,
+    needs_of_trials,
+    refuse_too_much,
+)
 from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates
 from onnx_autoglm.passes.score_norm import Scores
@@ -60,6 +72,29 @@ def refuse_blind_limit(options: Options, data: Data) -> None:
     evaluation = data.evaluation
     if options.budget.max_loss is not None and (evaluation is None or evaluation.metric == "agreement"):
         raise UserError("--max-loss is measured on a text, or on samples with labels: pass --eval PATH")
+
+
+def refuse_large(
+    options: Options,
+    model: ir.Model,
+    data: Data,
+    criterion: Criterion,
+    repair: Repair,
+    wanted: Sequence[Structure],
+    evidence: Evidence,
+    fractions: dict[str, float],
+) -> None:
+    """Raises UserError if some step ahead needs more memory than there is."""
+    needs: list[Need] = []
+    if criterion.needs_data or (repair != "none" and has_budget(options)):
+        needs += needs_of_data(wanted, evidence.consumers, criterion=criterion.name)
+    if repair == "affine":
+        needs += needs_of_repair(wanted, evidence.consumers, fractions)
+    if has_budget(options) and data.calibration is not None:
+        needs += needs_of_trials(model, evidence.consumers)
+    if data.evaluation is not None:
+        needs += needs_of_quality(model)
+    refuse_too_much(needs, available_bytes())
 
 
 def refuse_loss(quality: dict[str, Any], options: Options) -> None:
