@@ -56,6 +56,12 @@ class PruningOptions(_Options):
         "of all weights that go with one), or random. auto is obs with data and l2 without. MODULE:NAME is your own.",
         json_schema_extra=_flag("--criterion", "|".join((*BUILT_IN, "MODULE:NAME"))),
     )
+    swaps: int = Field(
+        default=0,
+        ge=0,
+        description="With obs: after the choice exchange up to N kept and removed indices of each structure while "
+        "that lowers the error after the best refit.",
+    )
     scope: Literal["layer", "global"] = Field(
         default="layer",
         description="Remove the fraction in every layer, or overall by rank among all layers of one kind.",

@@ -31,6 +31,7 @@ from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import choose, shortfalls
 from onnx_autoglm.passes.remove_blocks import chosen_blocks
 from onnx_autoglm.passes.repair_weights import repair_weights
+from onnx_autoglm.passes.swap_choice import swap_choice
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.request import (
@@ -151,6 +152,10 @@ def optimize(
             if missed and asked:
                 raise UserError("\n".join(missed))
             notes += missed
+        if options.pruning.swaps:
+            effect["swaps"] = swap_choice(
+                selection, wanted, evidence.consumers, evidence.observed, options.pruning.swaps, progress
+            )
         effect["cut"] = len(selection.kept)
         refuse_nothing(decisions)
         changed = {name for d in decisions if d.keep < d.structure.size for name in d.structure.interface}

@@ -196,6 +196,10 @@ def methods_of(options: Options, data: Data, chosen: Criterion | None) -> tuple[
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
+    if options.pruning.swaps and criterion.name != "obs":
+        raise UserError(
+            f"--swaps improves the choice of obs, not of {criterion.name}: drop it, or use --criterion obs"
+        )
     blocks = wants_blocks(options, criterion)
     if not given and (criterion.needs_data or blocks or repair != "none"):
         what = (
