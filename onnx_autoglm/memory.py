@@ -19,7 +19,7 @@ from onnx_autoglm.refit import why_no_refit
 # tracemalloc measures them. A consumer that waits for others of its structure holds less.
 _OBSERVE = 24
 _SCORE, _SCORE_WAITING = (32, 16), (8, 8)
-_REPAIR = (40, 47)
+_REPAIR = (40, 71)  # two targets compete where a consumer ends in a sum; 47 would do elsewhere
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_a_convolution_is_repaired_by_its_patches() -> None:
     found = analyse(source.clone())
     consumers = [c for c in find_consumers(found) if c.initializer.name == "c"]
     (need,) = needs_of_repair([], consumers, {})
-    assert need.bytes == 40 * 90**2 + 47 * 90 * 4
+    assert need.bytes == 40 * 90**2 + 71 * 90 * 4
     (observing,) = needs_of_data([], consumers, criterion="wanda")
     assert observing.bytes == 24 * 10**2
 
