@@ -13,6 +13,7 @@ from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structures, find_structures
 from onnx_autoglm.passes.mask import lossy_entries
 from onnx_autoglm.passes.remove import Removal, remove
+from onnx_autoglm.passes.remove_blocks import remove_blocks
 from onnx_autoglm.passes.repair_shapes import repair_shapes
 from onnx_autoglm.plan import Plan, describe_structure, interface_cuts
 
@@ -63,4 +64,5 @@ def apply_selection(structures: Structures, selection: Selection) -> Cut:
     interfaces = interface_cuts(structures, selection)
     removals = remove(structures, selection)
     repairs = repair_shapes(analysis, selection)
+    removals += remove_blocks(structures, selection)
     return Cut(analysis.model, structures, selection, removals, interfaces, lossy, repairs)

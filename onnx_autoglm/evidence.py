@@ -1,34 +1,33 @@
-"""What a run learns from data: the sets it was given, what consumers read, and the scores from both."""
+"""What a run learns from data: the sets it was given, and what consumers read."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
 
 from onnx_autoglm.axes.dims import leaves
+from onnx_autoglm.axes.selection import Indices
 from onnx_autoglm.axes.structures import Structure, Structures
-from onnx_autoglm.consumers import find_consumers
+from onnx_autoglm.consumers import Weight, consumers_of, find_consumers, members
 from onnx_autoglm.data import Arrays, Dataset, load_dataset, refuse_idle_preprocess
 from onnx_autoglm.data_text import feeds_for
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import Options
-from onnx_autoglm.passes.score_activation import ScoreActivation
-from onnx_autoglm.passes.score_norm import ScoreNorm, Scores
-from onnx_autoglm.passes.score_obs import ScoreObs
-from onnx_autoglm.passes.score_random import ScoreRandom
+from onnx_autoglm.passes.score_blocks import score_blocks
+from onnx_autoglm.passes.score_energy import score_energy
+from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.plan import Plan, cut_arrays
 from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.self_text import write_texts
-from onnx_autoglm.statistics import Key, Observed, observe
+from onnx_autoglm.statistics import Key, Moments, Observed, key_of, observe
 
 Repair = Literal["affine", "bias", "none"]
 Progress = Callable[[str], None]
 
-OBSERVING = ("obs", "flap", "wanda")  # criteria that need calibration data
 HELD_OUT_TOKENS = 4096  # self-written text for evaluation
 
 
@@ -128,45 +127,62 @@ def _described(data: Dataset) -> dict[str, Any]:
     return {"name": data.name, "sha256": data.sha256, "rows": data.rows}
 
 
-def wants_self_text(options: Options) -> bool:
-    """Whether anything learns from data, and none is given."""
-    learns = options.pruning.algorithm in ("auto", *OBSERVING) or options.repair != "none"
-    return learns and options.data.calibration in ("auto", "self")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reads:
+    """What one consumer of a structure reads, column by column, and what it does with it.
+
+    `index [k]` is the place of each column in the flat scores of the structure (`Structure.shape`), or -1;
+    `moments` are over all rows of the calibration set; `weight` is `[k, outputs]`.
+    """
+
+    index: Indices
+    moments: Moments
+    weight: Weight
 
 
 class Evidence:
     """The consumers of the structures that may be cut, and what they read."""
 
-    def __init__(self, structures: Structures, wanted: Sequence[Structure]) -> None:
+    def __init__(
+        self,
+        structures: Structures,
+        wanted: Sequence[Structure],
+        progress: Progress = lambda _: None,
+    ) -> None:
         atoms = {structure.atom for structure in wanted}
+        self.progress = progress
+        self._structures, self._wanted = structures, wanted
         self.consumers = [
             consumer
             for consumer in find_consumers(structures)
             if atoms & set(leaves(consumer.contraction.dim))
         ]
         self.observed: Mapping[Key, Observed] = {}
+        self.measured: dict[Structure, Scores] = {}  # scores of what no weight contracts
 
-    def observe(self, model: ir.Model, data: Data, progress: Progress) -> dict[str, Any]:
+    def observe(self, model: ir.Model, data: Data) -> dict[str, Any]:
         """Runs the source on the calibration set."""
         assert data.calibration is not None
         contractions = [consumer.contraction for consumer in self.consumers]
         if contractions:
-            self.observed = observe(model, contractions, data.calibration.feeds, step=progress)
+            self.observed = observe(model, contractions, data.calibration.feeds, step=self.progress)
+        self.measure(model, data)
         return {"rows": data.calibration.rows, "consumers": len(contractions)}
 
+    def measure(self, model: ir.Model, data: Data) -> dict[str, Any]:
+        """Scores what no weight contracts: the energy of query and key channels, the influence of blocks."""
+        assert data.calibration is not None
+        feeds = data.calibration.feeds
+        unread = [s for s in self._wanted if not consumers_of(s, self.consumers)]
+        self.measured = score_energy(unread, self._structures.analysis, model, feeds, self.progress)
+        for structure in unread:
+            if structure.kind == "block":
+                self.measured[structure] = score_blocks(self._structures.blocks, model, feeds, self.progress)
+        return {"rows": data.calibration.rows, "consumers": 0}
 
-def score(
-    criterion: str, wanted: Sequence[Structure], evidence: Evidence, seed: int, progress: Progress
-) -> dict[Structure, Scores]:
-    """Scores by the named criterion; structures without a consumer to look at are scored by their norm."""
-    if criterion == "random":
-        return ScoreRandom(seed)(wanted)
-    if criterion in ("l1", "l2"):
-        return ScoreNorm(1 if criterion == "l1" else 2)(wanted)
-    if criterion == "obs":
-        scores = ScoreObs()(wanted, evidence.consumers, evidence.observed, progress)
-    else:
-        method: Literal["wanda", "flap"] = "wanda" if criterion == "wanda" else "flap"
-        scores = ScoreActivation(method)(wanted, evidence.consumers, evidence.observed)
-    rest = [structure for structure in wanted if structure not in scores]
-    return scores | ScoreNorm(2)(rest)
+    def reads(self, structure: Structure) -> Iterator[Reads]:
+        """What each consumer of a structure reads; nothing where it has none, or nothing was observed."""
+        for consumer in consumers_of(structure, self.consumers):
+            seen = self.observed.get(key_of(consumer.contraction))
+            if seen is not None:
+                yield Reads(members(structure, consumer), seen.all, consumer.rows())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import onnx_ir as ir
 
@@ -15,11 +15,12 @@ from onnx_autoglm.axes.size import Poly, Size
 SEQUENCE = 128
 
 
-def count_flops(analysis: Analysis, selection: Selection | None = None) -> int:
+def count_flops(analysis: Analysis, selection: Selection | None = None, gone: Container[ir.Node] = ()) -> int:
     """Multiply-adds of all matrix products, convolutions and fused attentions, each counted as one.
 
     Symbolic axes count as 1 where they are the first axis of a graph input (the batch) and as
-    `SEQUENCE` otherwise. Elementwise work is left out, as is usual; so are products with packed weights.
+    `SEQUENCE` otherwise. Elementwise work is left out, as is usual; so are products with packed weights, and the
+    nodes of `gone`.
     """
     size = size_of if selection is None else selection.size
     batch = {
@@ -31,8 +32,8 @@ def count_flops(analysis: Analysis, selection: Selection | None = None) -> int:
     def number(dim: Dim) -> int:
         return _evaluate(size(dim), batch)
 
-    products = sum(math.prod(map(number, dims)) for dims in analysis.products)
-    return products + sum(_other(analysis, node, number) for node in analysis.graph)
+    products = sum(math.prod(map(number, dims)) for node, dims in analysis.products if node not in gone)
+    return products + sum(_other(analysis, node, number) for node in analysis.graph if node not in gone)
 
 
 def _evaluate(size: Size, batch: set[str]) -> int:

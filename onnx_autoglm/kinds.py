@@ -10,6 +10,7 @@ KINDS = {
     "qk-pair": "channels of queries and keys: rotary pairs, or single channels without rotation",
     "expert-channel": "inner channels of the experts of a mixture",
     "conv-channel": "channels of convolutions",
+    "block": "whole branches of a residual stream: an attention, a feed-forward layer; chosen by what they change",
     "expert": "experts of a mixture; lossy, the router chooses among fewer",
     "hidden": "the residual stream; lossy, norms see fewer channels",
 }

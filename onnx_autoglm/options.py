@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from onnx_autoglm.criterion_names import BUILT_IN, CriterionOption
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.quantization.options import QuantizationStage
@@ -50,12 +51,18 @@ class PruningOptions(_Options):
         "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
         json_schema_extra=_flag("--prune", "KIND=FRACTION"),
     )
-    algorithm: Literal["auto", "obs", "flap", "wanda", "l2", "l1", "random"] = Field(
+    algorithm: CriterionOption = Field(
         default="auto",
         description="How structures are scored. With calibration data: obs (the error that is left after the best "
-        "refit), flap (variance times weight), wanda (size times weight); without: l2 or l1 (norms of all weights "
-        "that go with one), or random. auto is obs with data and l2 without.",
-        json_schema_extra=_flag("--criterion"),
+        "refit), flap (variance times weight), wanda (size times weight), minitron (size); without: l2 or l1 (norms "
+        "of all weights that go with one), or random. auto is obs with data and l2 without. MODULE:NAME is your own.",
+        json_schema_extra=_flag("--criterion", "|".join((*BUILT_IN, "MODULE:NAME"))),
+    )
+    swaps: int = Field(
+        default=0,
+        ge=0,
+        description="With obs: after the choice exchange up to N kept and removed indices of each structure while "
+        "that lowers the error after the best refit.",
     )
     scope: Literal["layer", "global"] = Field(
         default="layer",
@@ -182,10 +189,8 @@ class BudgetOptions(_Options):
         for kind in value:
             if kind not in KINDS:
                 raise ValueError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
-            if kind in LOSSY:
-                raise ValueError(
-                    f"{kind} changes what is left, so its loss cannot be told beforehand: use --prune"
-                )
+            if kind in LOSSY or kind == "block":
+                raise ValueError(f"the loss without some {kind} cannot be told beforehand: use --prune")
         return value
 
     @model_validator(mode="after")

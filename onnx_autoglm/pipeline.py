@@ -16,10 +16,11 @@ import onnx_ir as ir
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
-from onnx_autoglm.consumers import consumers_of, normed_values
+from onnx_autoglm.consumers import normed_values
+from onnx_autoglm.criteria import score
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.evidence import OBSERVING, Data, Evidence, score, wants_self_text
+from onnx_autoglm.evidence import Data, Evidence
 from onnx_autoglm.feed_files import load_feeds
 from onnx_autoglm.flops import count_flops
 from onnx_autoglm.options import TOLERANCE, Options, collect
@@ -28,19 +29,26 @@ from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.passes.check_masked import Proof, check_masked
 from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
 from onnx_autoglm.passes.choose import choose, shortfalls
+from onnx_autoglm.passes.remove_blocks import chosen_blocks
 from onnx_autoglm.passes.repair_weights import repair_weights
+from onnx_autoglm.passes.swap_choice import swap_choice
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.request import (
+    criterion_of,
     decisions_for,
     default_budget,
     has_budget,
     measurable,
     methods_of,
     refuse_blind_limit,
+    refuse_large,
     refuse_loss,
     refuse_nothing,
     refuse_unknown_layers,
+    removed_names,
+    wants_blocks,
+    wants_self_text,
 )
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import figures, pin_reports, proof_json, structure_reports, versions
@@ -79,6 +87,7 @@ def optimize(
     if options is not None and (given or config is not None):
         raise UserError("give either options or single options (and config), not both")
     options = collect(given, config) if options is None else options
+    chosen = criterion_of(options)
     clock = _Clock(progress)
     with clock("open"):
         source = modelfile.open_model(source_path)
@@ -95,28 +104,31 @@ def optimize(
         effect["structures"] = len(structures.found)
     refuse_unknown_layers(options, structures)
     decisions_for(structures, options)  # what is impossible is refused before the long part
-    if wants_self_text(options):
+    if wants_self_text(options, chosen):
         with clock("write text") as effect:
             data = data.with_self_text(source, options, progress)
             effect["tokens"] = 0 if data.calibration is None else data.calibration.rows
     refuse_blind_limit(options, data)
-    criterion, repair = methods_of(options, data)
+    criterion, repair = methods_of(options, data, chosen)
     options, notes = default_budget(options, data)
     decisions, fractions, asked, more = decisions_for(structures, options)
     notes = [*notes, *more, *data.notes]
     wanted = [decision.structure for decision in decisions if not decision.reason]
-    evidence = Evidence(structures, wanted)
-    if criterion in OBSERVING or (repair != "none" and has_budget(options)):
+    evidence = Evidence(structures, wanted, progress)
+    refuse_large(options, source, data, criterion, repair, wanted, evidence, fractions)
+    if criterion.needs_data or (repair != "none" and has_budget(options)):
         with clock("observe") as effect:
-            effect.update(evidence.observe(source, data, progress))
+            effect.update(evidence.observe(source, data))
+    elif wants_blocks(options, criterion):
+        with clock("observe") as effect:
+            effect.update(evidence.measure(source, data))
     with clock("score") as effect:
-        scores = score(criterion, wanted, evidence, options.pruning.seed, progress)
-        effect["criterion"] = criterion
-        blind = Counter(
-            structure.kind for structure in wanted if not consumers_of(structure, evidence.consumers)
-        )
-        if criterion in OBSERVING:
-            notes += [f"{n} x {kind} scored by norm: no consumer to observe" for kind, n in blind.items()]
+        scores, by_norm = score(criterion, wanted, evidence)
+        effect["criterion"] = criterion.name
+        blind = Counter(structure.kind for structure in by_norm)
+        notes += [
+            f"{n} x {kind} scored by norm: {criterion.name} says nothing of it" for kind, n in blind.items()
+        ]
     outcome: Outcome | None = None
     with clock("choose") as effect:
         if has_budget(options):
@@ -140,16 +152,22 @@ def optimize(
             if missed and asked:
                 raise UserError("\n".join(missed))
             notes += missed
+        if options.pruning.swaps:
+            effect["swaps"] = swap_choice(
+                selection, wanted, evidence.consumers, evidence.observed, options.pruning.swaps, progress
+            )
         effect["cut"] = len(selection.kept)
         refuse_nothing(decisions)
         changed = {name for d in decisions if d.keep < d.structure.size for name in d.structure.interface}
+        notes += removed_names(structures, selection)
         if changed:
             notes.append(
                 f"changes the shape of graph inputs and outputs (plan.json: interfaces): {', '.join(sorted(changed))}"
             )
     reports, pins = structure_reports(structures, decisions, scores), pin_reports(structures)
     with clock("remove and repair") as effect:
-        after_flops = count_flops(structures.analysis, selection)
+        gone = {node for block in chosen_blocks(structures, selection) for node in block.dying()}
+        after_flops = count_flops(structures.analysis, selection, gone)
         cut = apply_selection(structures, selection)
         plan = dataclasses.replace(
             cut.plan({"file": source_path.name, "sha256": before.sha256}), repair=repair

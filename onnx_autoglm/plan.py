@@ -71,13 +71,14 @@ def describe_structure(structure: Structure, selection: Selection) -> dict[str, 
     if mask is None:
         return None
     rows = [np.flatnonzero(row).tolist() for row in mask.reshape(-1, structure.size)]
-    return {
+    entry = {
         "id": structure.id,
         "kind": structure.kind,
         "size": structure.size,
         "kept": rows if structure.outers else rows[0],
         "interface": structure.interface,
     }
+    return entry | {"names": list(structure.names)} if structure.names else entry
 
 
 def interface_cuts(structures: Structures, selection: Selection) -> list[dict[str, Any]]:

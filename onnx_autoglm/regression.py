@@ -44,6 +44,13 @@ class Sums:
             setattr(result, name, getattr(self, name) + getattr(other, name))
         return result
 
+    def of_outputs(self, start: int, stop: int) -> Sums:
+        """The sums of some of the outputs; those of x are shared."""
+        result = Sums(0, 0)
+        result.count, result.x, result.xx = self.count, self.x, self.xx
+        result.e, result.ee, result.xe = self.e[start:stop], self.ee[start:stop], self.xe[:, start:stop]
+        return result
+
 
 def _product(left: npt.NDArray[np.float32], right: npt.NDArray[np.float32]) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):

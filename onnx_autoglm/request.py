@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import onnx_ir as ir
+
+from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure, Structures
 from onnx_autoglm.budget import USUAL_KINDS
 from onnx_autoglm.consumers import consumers_of
+from onnx_autoglm.criteria import Criterion, find_criterion
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.evidence import OBSERVING, Data, Evidence, Repair
+from onnx_autoglm.evidence import Data, Evidence, Repair
+from onnx_autoglm.memory import (
+    Need,
+    available_bytes,
+    needs_of_data,
+    needs_of_quality,
+    needs_of_repair,
+    needs_of_trials,
+    refuse_too_much,
+)
 from onnx_autoglm.options import DEFAULT_FRACTION, Options, matches
 from onnx_autoglm.passes.choose import BY_CHOICE, Decision, candidates
 from onnx_autoglm.passes.score_norm import Scores
@@ -60,6 +74,29 @@ def refuse_blind_limit(options: Options, data: Data) -> None:
         raise UserError("--max-loss is measured on a text, or on samples with labels: pass --eval PATH")
 
 
+def refuse_large(
+    options: Options,
+    model: ir.Model,
+    data: Data,
+    criterion: Criterion,
+    repair: Repair,
+    wanted: Sequence[Structure],
+    evidence: Evidence,
+    fractions: dict[str, float],
+) -> None:
+    """Raises UserError if some step ahead needs more memory than there is."""
+    needs: list[Need] = []
+    if criterion.needs_data or (repair != "none" and has_budget(options)):
+        needs += needs_of_data(wanted, evidence.consumers, criterion=criterion.name)
+    if repair == "affine":
+        needs += needs_of_repair(wanted, evidence.consumers, fractions)
+    if has_budget(options) and data.calibration is not None:
+        needs += needs_of_trials(model, evidence.consumers)
+    if data.evaluation is not None:
+        needs += needs_of_quality(model)
+    refuse_too_much(needs, available_bytes())
+
+
 def refuse_loss(quality: dict[str, Any], options: Options) -> None:
     limit = options.budget.max_loss
     # Perplexity rises as quality falls; top-1 and agreement fall.
@@ -92,7 +129,7 @@ def fractions_of(structures: Structures, options: Options) -> tuple[dict[str, fl
 
 
 def refuse_unknown_layers(options: Options, structures: Structures) -> None:
-    names = [structure.id for structure in structures.found]
+    names = [name for structure in structures.found for name in (structure.id, *structure.names)]
     for glob in (*options.pruning.target_layers, *options.pruning.exclude_layers):
         if not any(matches(name, (glob,)) for name in names):
             raise UserError(f"no layer matches {glob!r}: see the names with onnx-autoglm inspect")
@@ -118,23 +155,60 @@ def refuse_the_impossible(
             raise UserError(f"no {kind} can be removed: {row[0].structure.id}: {row[0].reason}")
 
 
+def removed_names(structures: Structures, selection: Selection) -> list[str]:
+    """A note with the names of what was removed whole."""
+    return [
+        f"removed whole: {', '.join(n for n, stays in zip(s.names, selection.kept[s.atom], strict=True) if not stays)}"
+        for s in structures.found
+        if s.names and s.atom in selection.kept
+    ]
+
+
 def refuse_nothing(decisions: list[Decision]) -> None:
     if all(decision.keep == decision.structure.size for decision in decisions):
         first = next(decision for decision in decisions)
         raise UserError(f"nothing would be removed: {first.structure.id}: {first.reason}; raise the fraction")
 
 
-def methods_of(options: Options, data: Data) -> tuple[str, Repair]:
+def criterion_of(options: Options) -> Criterion | None:
+    """The criterion that the user chose; None for `auto`. Raises UserError if it cannot be had."""
+    chosen = options.pruning.algorithm
+    return None if chosen == "auto" else find_criterion(chosen, seed=options.pruning.seed)
+
+
+def wants_blocks(options: Options, criterion: Criterion | None) -> bool:
+    """Whether whole blocks may go, which only data can compare."""
+    kinds = options.pruning.sparsity_level
+    return isinstance(kinds, dict) and "block" in kinds and not (criterion and criterion.name == "random")
+
+
+def wants_self_text(options: Options, criterion: Criterion | None) -> bool:
+    """Whether anything learns from data, and none is given."""
+    learns = criterion is None or criterion.needs_data or options.repair != "none"
+    learns |= wants_blocks(options, criterion)
+    return learns and options.data.calibration in ("auto", "self")
+
+
+def methods_of(options: Options, data: Data, chosen: Criterion | None) -> tuple[Criterion, Repair]:
     """The criterion and the repair that `auto` comes to. Raises UserError if one needs data that is not there."""
     given = data.calibration is not None
-    criterion = options.pruning.algorithm
-    if criterion == "auto":
-        criterion = "obs" if given else "l2"
+    criterion = chosen or find_criterion("obs" if given else "l2")
     repair: Repair = "affine" if given else "none"
     if options.repair != "auto":
         repair = options.repair
-    if not given and (criterion in OBSERVING or repair != "none"):
-        what = criterion if criterion in OBSERVING else f"repair {repair}"
+    if options.pruning.swaps and criterion.name != "obs":
+        raise UserError(
+            f"--swaps improves the choice of obs, not of {criterion.name}: drop it, or use --criterion obs"
+        )
+    blocks = wants_blocks(options, criterion)
+    if not given and (criterion.needs_data or blocks or repair != "none"):
+        what = (
+            criterion.name
+            if criterion.needs_data
+            else "the choice of blocks"
+            if blocks
+            else f"repair {repair}"
+        )
         why = f" ({data.notes[0]})" if data.notes else ""
         raise UserError(f"{what} needs calibration data: pass --calib PATH (a text, samples or images){why}")
     return criterion, repair

@@ -74,10 +74,14 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observed:
-    """What one consumer reads: rows to fit on, and rows held out."""
+    """What one consumer reads: rows to fit on, and rows held out.
+
+    `sizes [k]` is the sum over samples of the square of the mean size |x| of a column in a sample, over all rows.
+    """
 
     fitted: Moments
     held_out: Moments
+    sizes: Matrix = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     @property
     def all(self) -> Moments:
@@ -108,6 +112,7 @@ class Store(Mapping[Key, Observed]):
         parts = {"fitted": observed.fitted, "held_out": observed.held_out}
         np.savez(
             path,
+            sizes=observed.sizes,
             **{
                 f"{name}_{field}": getattr(part, field)
                 for name, part in parts.items()
@@ -124,7 +129,7 @@ class Store(Mapping[Key, Observed]):
                 part.count = float(file[f"{name}_count"])
                 part.total, part.products = file[f"{name}_total"], file[f"{name}_products"]
                 parts.append(part)
-        return Observed(*parts)
+            return Observed(parts[0], parts[1], file["sizes"])
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._paths)
@@ -176,18 +181,28 @@ def observe_one(walk: Walk, readers: Sequence[Contraction], normed: Container[st
     names = [name, end] if end in normed else [name]
     walk.reach([name])
     parts: list[Moments] = []
+    sizes: Matrix = np.zeros(0)
     for run, arrays in enumerate(walk.values(names), 1):
         rows = _rows(arrays[name], axis)
         if not np.isfinite(rows).all():
             raise UserError(f"{name}, which {label(readers[0].node)} reads, is not finite on the data")
-        parts = parts or [Moments(rows.shape[1]), Moments(rows.shape[1])]
+        if not parts:
+            parts, sizes = [Moments(rows.shape[1]), Moments(rows.shape[1])], np.zeros(rows.shape[1])
+        sizes += _sizes(np.moveaxis(arrays[name], axis, -1))
         weights = relative(_rows(arrays[end], -1)) if len(names) > 1 else None
         parts[run % HELD_OUT == 0].add(
             rows, None if weights is None or len(weights) != len(rows) else weights
         )
     if any(part.count == 0 for part in parts):
         raise UserError("the calibration data holds no rows: pass samples with at least one entry each")
-    return Observed(*parts)
+    return Observed(parts[0], parts[1], sizes)
+
+
+def _sizes(array: np.ndarray) -> Matrix:
+    """Sum over samples (the first axis) of the squared mean size of a column (the last) in a sample."""
+    whole = array.reshape(-1, int(np.prod(array.shape[1:-1])), array.shape[-1])
+    means = np.abs(whole).mean(axis=1, dtype=np.float64) if whole.size else np.zeros((0, array.shape[-1]))
+    return np.asarray(np.square(means).sum(axis=0), dtype=np.float64)
 
 
 def _same_node(model: ir.Model, contraction: Contraction) -> ir.Node:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from onnx_autoglm.axes.selection import Selection
 from onnx_autoglm.axes.structures import Structure
@@ -17,7 +18,7 @@ from onnx_autoglm.passes.ladder import Ladder, keep_best
 from onnx_autoglm.passes.score_norm import Scores
 
 # Reasons that are the user's own choice rather than the model's.
-BY_CHOICE = frozenset({"not included", "excluded", "protected"})
+BY_CHOICE = frozenset({"not included", "excluded", "protected", "all of them are excluded or protected"})
 
 
 @dataclasses.dataclass
@@ -52,24 +53,42 @@ def candidates(
         count = len(row)
         for position, structure in enumerate(row):
             reason = _why_not(structure, row, options, asked)
-            if not reason and (position < options.protect_first or position >= count - options.protect_last):
+            if structure.names and not reason:
+                reason = "all of them are excluded or protected" if _spared(structure, options).all() else ""
+            elif not reason and (
+                position < options.protect_first or position >= count - options.protect_last
+            ):
                 reason = "protected"
             decisions.append(Decision(structure, structure.size, reason))
     return decisions
 
 
 def _left_out(structure: Structure, options: PruningOptions) -> bool:
-    included = not options.target_layers or matches(structure.id, options.target_layers)
-    return bool(structure.pins) or not included or matches(structure.id, options.exclude_layers)
+    return bool(structure.pins) or bool(_by_name(structure.id, options))
+
+
+def _by_name(name: str, options: PruningOptions) -> str:
+    if options.target_layers and not matches(name, options.target_layers):
+        return "not included"
+    return "excluded" if matches(name, options.exclude_layers) else ""
+
+
+def _spared(structure: Structure, options: PruningOptions) -> npt.NDArray[np.bool_]:
+    """Which of the named indices of a structure the user wants left alone."""
+    last = structure.size - options.protect_last
+    return np.array(
+        [
+            bool(_by_name(name, options)) or not options.protect_first <= index < last
+            for index, name in enumerate(structure.names)
+        ]
+    )
 
 
 def _why_not(structure: Structure, row: list[Structure], options: PruningOptions, asked: bool) -> str:
     if structure.pins:
         return "; ".join(str(pin) for pin in structure.pins[:3])
-    if options.target_layers and not matches(structure.id, options.target_layers):
-        return "not included"
-    if matches(structure.id, options.exclude_layers):
-        return "excluded"
+    if not structure.names and _by_name(structure.id, options):
+        return _by_name(structure.id, options)
     if structure.interface and not asked:
         return f"would change the shape of {', '.join(structure.interface[:2])}: ask with --prune {structure.kind}="
     inner = [other for other in row if structure.atom in other.outers and not _left_out(other, options)]
@@ -170,7 +189,11 @@ class _Layer(Ladder):
     """A ladder with the decision that it comes to."""
 
     def __init__(self, decision: Decision, scores: Scores, options: PruningOptions) -> None:
+        spared = _spared(decision.structure, options)
+        if spared.any():
+            scores = np.where(spared, scores.max() + 1, scores)
         super().__init__(decision.structure, scores, options, how=options.normalize)
+        self.floor = min(max(self.floor, int(spared.sum())), self.structure.size)
         self.decision, self.scores = decision, scores
         self.keep = self.structure.size
         self.cost = self.structure.cost * self.structure.groups

@@ -31,10 +31,15 @@ def mask(model: ir.Model, removals: Iterable[dict[str, Any]], lossy: Iterable[di
         UserError: the plan names something that the model does not hold.
     """
     consumers = {output.name: node for node in model.graph for output in node.outputs}
-    grouped: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = defaultdict(list)
+    by_user: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for removal in removals:
-        grouped[removal["initializer"], tuple(removal["consumers"])].append(removal)
-    for (name, users), cuts in grouped.items():
+        for user in removal["consumers"]:
+            by_user[removal["initializer"], user].append(removal)
+    # What several nodes read is masked once where it is cut alike for all of them.
+    grouped: dict[tuple[str, str], tuple[list[str], list[dict[str, Any]]]] = {}
+    for (name, user), cuts in by_user.items():
+        grouped.setdefault((name, repr(cuts)), ([], cuts))[0].append(user)
+    for (name, _), (users, cuts) in grouped.items():
         source = model.graph.initializers.get(name)
         if source is None or source.const_value is None:
             raise UserError(
@@ -57,6 +62,8 @@ def _check_range(name: str, shape: Sequence[int], cuts: list[dict[str, Any]]) ->
             kept = np.array([])
         inside = all(isinstance(number, int) and 0 <= number < len(shape) for number in (axis, outer))
         fits = inside and kept.dtype.kind == "i" and kept.size and kept.ndim == 1 + ("outer_axis" in cut)
+        if inside and cut["kept"] == []:
+            continue  # the last weight of a branch that went
         if not fits or kept.min() < 0 or kept.max() >= shape[axis]:
             raise UserError(f"the plan cuts {name!r} where the source has nothing: is it the right source?")
 
@@ -104,7 +111,7 @@ def keep_mask(shape: Sequence[int], cuts: Iterable[dict[str, Any]]) -> np.ndarra
         layout[axis] = shape[axis]
         if outer is None:
             row = np.zeros(shape[axis], dtype=bool)
-            row[np.asarray(kept)] = True
+            row[np.asarray(kept, dtype=np.int64)] = True
         else:
             layout[outer] = shape[outer]
             row = np.zeros((shape[outer], shape[axis]), dtype=bool)

@@ -57,7 +57,7 @@ def remove(structures: Structures, selection: Selection) -> list[Removal]:
 
 
 def _cuts(use: Use, selection: Selection) -> list[Removal]:
-    consumers = tuple(dict.fromkeys(_name_of(node) for node, _ in use.consumers))
+    consumers = tuple(dict.fromkeys(name_of(node) for node, _ in use.consumers))
     cuts = []
     for axis, dim in enumerate(use.dims):
         if selection.touches(dim):
@@ -66,7 +66,7 @@ def _cuts(use: Use, selection: Selection) -> list[Removal]:
     return cuts
 
 
-def _name_of(node: ir.Node) -> str:
+def name_of(node: ir.Node) -> str:
     return next((output.name for output in node.outputs if output.name), "")
 
 

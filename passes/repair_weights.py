@@ -3,8 +3,9 @@
 A consumer of the pruned model reads x; its error e is what the source computes there, less what the pruned
 model does. Ridge regression with an intercept, `e ~ x D + d`, gives the correction: `W += D`, `b += d`. x is
 taken from the model as pruned and repaired so far, so errors do not add up from layer to layer. Where the output
-goes on into a sum, e is the error of the sum: a branch then makes up for what its residual stream has lost. lambda
-is chosen on held-out rows. (FLAP's bias compensation is the case D = 0; CORP's affine one that of equal inputs.)
+goes on into a sum, what counts is the error of the sum: a branch then makes up for what its residual stream has lost.
+Whether that can be learnt from x is not sure, so two fits compete there, to the error of the sum and to that of the
+output alone; which one is kept, and lambda, is decided by the error of the sum on held-out rows. (FLAP's bias compensation is the case D = 0; CORP's affine one that of equal inputs.)
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def repair_weights(
         normed: names of values whose last axis is normalised where they are read on.
     """
     order = {node: index for index, node in enumerate(pruned.graph)}
-    cut = [c for c in consumers if selection.touches(c.contraction.dim)]
+    left = [c for c in consumers if c.contraction.node in order]  # a removed block takes its own with it
+    cut = [c for c in left if selection.touches(c.contraction.dim)]
     done: list[dict[str, Any]] = []
     jobs: list[_Job] = []
     for consumer in sorted(cut, key=lambda c: order[c.contraction.node]):
@@ -136,8 +138,10 @@ def _why_not(consumer: Consumer) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Evidence:
-    fitted: Sums
-    held_out: Sums
+    """Sums by what e is the error of (`sum`, `output`); the first is the one that counts."""
+
+    fitted: dict[str, Sums]
+    held_out: dict[str, Sums]
     variance: float  # of the output, summed over its channels
 
 
@@ -150,7 +154,7 @@ def _observe(job: _Job, before: Walk, after: Walk, normed: Container[str]) -> _E
     shape = tensor.shape.numpy()
     kernel = shape[2:]
     outputs = shape[1 - job.consumer.axis]
-    parts = [Sums(tensor.size // outputs, outputs) for _ in range(2)]
+    parts: list[Sums] = []
     spread = Sums(0, outputs)
     runs = len(before)
 
@@ -161,12 +165,15 @@ def _observe(job: _Job, before: Walk, after: Walk, normed: Container[str]) -> _E
         return np.moveaxis(array, axis, -1).reshape(-1, outputs)
 
     output, end = job.outputs
+    targets = ["output"] if end == output else ["sum", "output"]
     pairs = zip(before.values([output, end]), after.values([job.activation, output, end]), strict=True)
     for run, (expected, actual) in enumerate(pairs, 1):
         # A sum that broadcasts has no row for each row of the consumer.
         meets = actual[output].shape == actual[end].shape
         place, scale = (end, job.target.scale()) if meets else (output, np.float32(1))
-        miss = as_rows(cut(expected[place]) - actual[place])
+        miss = as_rows(cut(expected[place]) - actual[place]) / scale
+        if len(targets) > 1:
+            miss = np.hstack([miss, as_rows(cut(expected[output]) - actual[output])])
         if node.op_type == "Conv":
             rows, chosen = patches(actual[job.activation], node, kernel, ROWS // runs)
         else:
@@ -174,11 +181,16 @@ def _observe(job: _Job, before: Walk, after: Walk, normed: Container[str]) -> _E
             chosen = spread_out(len(miss), ROWS // runs)
             rows = values.reshape(len(miss), -1)[chosen]
         weights = relative(as_rows(cut(expected[place]))) if place in normed else None
+        parts = parts or [Sums(tensor.size // outputs, miss.shape[1]) for _ in range(2)]
         parts[run % HELD_OUT == 0].add(
-            rows.astype(np.float32), miss[chosen] / scale, None if weights is None else weights[chosen]
+            rows.astype(np.float32), miss[chosen], None if weights is None else weights[chosen]
         )
         spread.add(np.empty((len(miss), 0), np.float32), as_rows(cut(expected[output])), weights)
-    return _Evidence(parts[0], parts[1], error(spread, ridge(spread, None)))
+    fitted, held_out = (
+        {name: part.of_outputs(n * outputs, (n + 1) * outputs) for n, name in enumerate(targets)}
+        for part in parts
+    )
+    return _Evidence(fitted, held_out, error(spread, ridge(spread, None)))
 
 
 # --- the fit
@@ -187,6 +199,7 @@ def _observe(job: _Job, before: Walk, after: Walk, normed: Container[str]) -> _E
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Fit:
     line: Line | None  # none: leaving the weight alone is best
+    target: str  # what it was fitted to
     strength: float | None
     error: float  # held-out, relative to the variance of the output
     before: float  # the same without repair
@@ -194,21 +207,27 @@ class _Fit:
 
 def _fit(seen: _Evidence, mode: str) -> _Fit:
     """The best correction on held-out rows, fitted again on all."""
-    fitted, held_out, scale = seen.fitted, seen.held_out, seen.variance or 1.0
-    before = float(held_out.ee.sum()) / max(held_out.count, 1e-30)
-    candidates = [None, *(LAMBDAS if mode == "affine" else ())]
-    errors = [error(held_out, ridge(fitted, strength)) for strength in candidates]
+    counts, scale = next(iter(seen.held_out.values())), seen.variance or 1.0
+    before = float(counts.ee.sum()) / max(counts.count, 1e-30)
+    candidates = [
+        (target, strength)
+        for target in seen.fitted
+        for strength in (None, *(LAMBDAS if mode == "affine" else ()))
+    ]
+    errors = [error(counts, ridge(seen.fitted[target], strength)) for target, strength in candidates]
     best = int(np.argmin(errors))
+    target, strength = candidates[best]
     if not errors[best] < before:
-        return _Fit(None, None, before / scale, before / scale)
-    line = ridge(fitted + held_out, candidates[best])
-    return _Fit(line, candidates[best], errors[best] / scale, before / scale)
+        return _Fit(None, target, None, before / scale, before / scale)
+    line = ridge(seen.fitted[target] + seen.held_out[target], strength)
+    return _Fit(line, target, strength, errors[best] / scale, before / scale)
 
 
 def _described(fit: _Fit) -> dict[str, Any]:
     if fit.line is None:
         return {"repaired": False, "reason": "no refit was better than none on held-out data"}
-    return {"repaired": True, "lambda": fit.strength, "error": fit.error, "unrepaired": fit.before}
+    described = {"repaired": True, "target": fit.target, "lambda": fit.strength}
+    return described | {"error": fit.error, "unrepaired": fit.before}
 
 
 def _add_mean(graph: ir.Graph, job: _Job, selection: Selection, before: Walk) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Scores structures by what their consumers read: Wanda (structured) and FLAP's WIFV."""
+"""Scores structures by what their consumers read: Wanda (structured), FLAP's WIFV, and Minitron's size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from onnx_autoglm.consumers import Consumer, consumers_of, members
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.statistics import Key, Observed, key_of
 
+Method = Literal["wanda", "flap", "minitron"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ScoreActivation:
-    """`wanda`: `sum |W_kj| * sqrt(E x_k^2)`; `flap`: `Var(x_k) * sum W_kj^2` (FLAP's WIFV).
+    """`wanda`: `sum |W_kj| * sqrt(E x_k^2)`; `flap`: `Var(x_k) * sum W_kj^2` (FLAP's WIFV), summed over the rows k
+    that belong to a structure, and over its consumers.
 
-    Summed over the rows k that belong to a structure, and over its consumers.
+    `minitron`: no weight counts. `sqrt(sum over samples of (mean over positions |x_k|)^2)`, and of several rows (the
+    channels of a head) and readings the L2 norm. What consumers share is read once.
     """
 
-    method: Literal["wanda", "flap"] = "flap"
+    method: Method = "flap"
 
     def __call__(
         self, structures: Sequence[Structure], consumers: list[Consumer], observed: Mapping[Key, Observed]
@@ -33,7 +37,7 @@ def score_activation(
     structures: Sequence[Structure],
     consumers: list[Consumer],
     observed: Mapping[Key, Observed],
-    method: Literal["wanda", "flap"],
+    method: Method,
 ) -> dict[Structure, Scores]:
     """Scores of shape `[*sizes of the outer atoms, size]`; structures without a consumer are left out."""
     scores: dict[Structure, Scores] = {}
@@ -41,15 +45,25 @@ def score_activation(
         own = consumers_of(structure, consumers)
         if not own:
             continue
+        if method == "minitron":  # of consumers that read one activation, one
+            own = list({key_of(consumer.contraction): consumer for consumer in own}.values())
         total = np.zeros(structure.groups * structure.size)
         for consumer in own:
-            moments, weight = observed[key_of(consumer.contraction)].all, consumer.rows()
-            variance = np.diag(moments.covariance)
-            if method == "wanda":
-                rows = np.sqrt(np.maximum(variance + moments.mean**2, 0.0)) * np.abs(weight).sum(axis=1)
-            else:
-                rows = np.maximum(variance, 0.0) * np.square(weight).sum(axis=1)
+            rows = _row_scores(observed[key_of(consumer.contraction)], consumer, method)
             index = members(structure, consumer)
             np.add.at(total, index[index >= 0], rows[index >= 0])
+        if method == "minitron":
+            total = np.sqrt(total)
         scores[structure] = total.reshape(structure.shape)
     return scores
+
+
+def _row_scores(seen: Observed, consumer: Consumer, method: Method) -> Scores:
+    """What each contracted index adds, `[k]`; of `minitron` the square."""
+    if method == "minitron":
+        return seen.sizes
+    moments, weight = seen.all, consumer.rows()
+    variance = np.diag(moments.covariance)
+    if method == "wanda":
+        return np.asarray(np.sqrt(np.maximum(variance + moments.mean**2, 0.0)) * np.abs(weight).sum(axis=1))
+    return np.asarray(np.maximum(variance, 0.0) * np.square(weight).sum(axis=1))

@@ -91,15 +91,20 @@ def _eliminate(structure: Structure, problems: list[_Problem], rounds: int) -> S
     return scores.reshape(structure.shape)
 
 
+def damped(covariance: Weight) -> Weight:
+    """A covariance that can be inverted."""
+    damping = _DAMPING * float(np.diag(covariance).mean())
+    return np.asarray(covariance + max(damping, 1e-12) * np.eye(len(covariance)))
+
+
 class _Problem:
     """One consumer during elimination: its remaining rows, their inverse covariance and weight."""
 
     def __init__(self, index: Indices, weight: Weight, covariance: Weight) -> None:
-        damping = _DAMPING * float(np.diag(covariance).mean())
         self.index = index
         self.weight = weight.copy()
         self.variance = float(np.einsum("ko,kl,lo->", weight, covariance, weight, optimize=True))
-        self.inverse = np.linalg.inv(covariance + max(damping, 1e-12) * np.eye(len(covariance)))
+        self.inverse = np.linalg.inv(damped(covariance))
 
     def errors(self, count: int) -> Weight:
         """The error of removing each unit now; infinite for those that are gone."""

@@ -78,8 +78,8 @@ def maker(source: ir.Model, name: str, axis: int = 1) -> str:
 
 
 def summary(source: ir.Model) -> list[tuple[str, int]]:
-    """Kinds and sizes of all structures that can be cut, in a fixed order."""
-    return sorted((structure.kind, structure.size) for structure in structures(source) if not structure.pins)
+    """Kinds and sizes of all axes that can be cut, in a fixed order."""
+    return sorted((s.kind, s.size) for s in structures(source) if not s.pins and s.kind != "block")
 
 
 def reasons(source: ir.Model) -> str:

@@ -118,7 +118,8 @@ def test_the_report_says_what_was_done(source: Path, tmp_path: Path) -> None:
     assert report["source"]["parameters"] == 2304 and report["result"]["parameters"] == 1152
     assert report["result"]["flops"] * 2 == report["source"]["flops"] == 128 * 2304
     assert report["check"]["relative_difference"] <= report["check"]["tolerance"]
-    assert [entry["kept"] for entry in report["structures"] if not entry["pins"]] == [12, 12]
+    kept = {entry["id"]: entry["kept"] for entry in report["structures"] if not entry["pins"]}
+    assert list(kept.values()) == [12, 12, 2] and kept["blocks"] == 2
     assert {"open", "infer axes", "score", "choose", "write", "check"} <= {
         step["name"] for step in report["passes"]
     }
@@ -161,7 +162,8 @@ def test_inspect_shows_a_table_and_json(source: Path) -> None:
     table = run("inspect", source)
     assert table.returncode == 0 and "ffn-channel" in table.stdout and "50.0 %" in table.stdout
     data = json.loads(run("inspect", source, "--json").stdout)
-    assert [entry["size"] for entry in data["structures"] if not entry["pins"]] == [24, 24]
+    found = [(entry["kind"], entry["size"]) for entry in data["structures"] if not entry["pins"]]
+    assert found == [("ffn-channel", 24), ("ffn-channel", 24), ("block", 2)]
 
 
 def test_a_configuration_file_and_the_command_line_on_top(source: Path, tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_a_configuration_with_unknown_options(source: Path, tmp_path: Path) -> N
 
 def test_wrong_usage_is_exit_code_two(source: Path) -> None:
     assert run("optimize").returncode == 2
-    assert run("optimize", source, "--criterion", "magic").returncode == 2
+    assert run("optimize", source, "--scope", "magic").returncode == 2
 
 
 def test_an_output_that_is_the_input(source: Path) -> None:

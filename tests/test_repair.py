@@ -311,3 +311,35 @@ def test_only_what_a_norm_reads_is_normed() -> None:
         """)
     names = normed_values(analyse(source.clone()).analysis)
     assert {"s1", "m", "n1"} <= names and not names & {"h", "r", "y"}
+
+
+def test_what_a_branch_is_fitted_to_is_decided_on_held_out_rows() -> None:
+    """What the stream has lost is learnt where x tells it, and left alone where it is noise to x."""
+    rng = np.random.default_rng(0)
+    slope, drift = rng.standard_normal((20, 3)), rng.standard_normal((20, 3))
+
+    def sums(count: int, share: float) -> Sums:
+        result = Sums(20, 6)
+        x = rng.standard_normal((count, 20)).astype(np.float32)
+        own = x @ slope
+        lost = share * (x @ drift) + (1 - share) * 30 * rng.standard_normal((count, 3))
+        result.add(x, np.hstack([own + lost, own]).astype(np.float32))
+        return result
+
+    def fitted_to(share: float) -> module._Fit:
+        parts = [sums(count, share) for count in (60, 5000)]
+        fitted, held_out = ({"sum": part.of_outputs(0, 3), "output": part.of_outputs(3, 6)} for part in parts)
+        return module._fit(module._Evidence(fitted, held_out, 1.0), "affine")
+
+    assert fitted_to(1.0).target == "sum"
+    noisy = fitted_to(0.0)
+    assert noisy.target == "output" and noisy.line is not None
+    assert np.allclose(noisy.line.slope, slope, rtol=0.05, atol=1e-2)
+
+
+def test_the_report_says_what_each_consumer_was_fitted_to() -> None:
+    _, entries = repaired(model(STREAM), rows())
+    assert all(entry["target"] in ("sum", "output") for entry in entries)
+    assert entries[0]["target"] == "sum"  # nothing is lost yet, so both are one
+    _, entries = repaired(model(TWO), rows())
+    assert [entry["target"] for entry in entries] == ["output", "output"]

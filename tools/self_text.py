@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.criteria import find_criterion, score
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.data import load_dataset
 from onnx_autoglm.data_text import token_feeds
 from onnx_autoglm.dataset import Dataset
 from onnx_autoglm.decode import Sampling
-from onnx_autoglm.evidence import Data, Evidence, score
+from onnx_autoglm.evidence import Data, Evidence
 from onnx_autoglm.feed_roles import token_roles
 from onnx_autoglm.modelfile import open_model
 from onnx_autoglm.options import PruningOptions
@@ -34,7 +35,6 @@ from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.quality import measure
 from onnx_autoglm.self_text import write_text
-from onnx_autoglm.statistics import Key, Observed
 
 TEXTS = Path(__file__).parents[1] / "models" / "texts"
 
@@ -119,7 +119,6 @@ def _random(source: ir.Model, tokens: int, window: int) -> Dataset:
 def _pruned(source: ir.Model, data: Dataset, fractions: list[float]) -> Iterator[ir.Model]:
     """The model without each fraction of its FFN channels; the data is looked at and scored once."""
     scores: dict[str, Scores] = {}
-    observed: dict[Key, Observed] = {}
     for fraction in fractions:
         structures = analyse(source.clone())
         asked = {"ffn-channel": fraction}
@@ -127,14 +126,14 @@ def _pruned(source: ir.Model, data: Dataset, fractions: list[float]) -> Iterator
         wanted = {decision.structure.id: decision.structure for decision in decisions if not decision.reason}
         evidence = Evidence(structures, list(wanted.values()))
         if not scores:
-            evidence.observe(source, Data(data, None), lambda _: None)
-            observed = evidence.observed
-            found = score("obs", list(wanted.values()), evidence, 0, lambda _: None)
+            evidence.observe(source, Data(data, None))
+            found, _ = score(find_criterion("obs"), list(wanted.values()), evidence)
             scores = {structure.id: row for structure, row in found.items()}
         own = {structure: scores[name] for name, structure in wanted.items()}
         selection, _ = choose(structures.found, own, asked, PruningOptions(), decisions)
         cut = apply_selection(structures, selection)
-        repair_weights(cut.model.graph, selection, evidence.consumers, observed, "affine")
+        pairs = [(feed, feed) for feed in data.feeds]
+        repair_weights(source, cut.model, selection, evidence.consumers, pairs, "affine")
         yield cut.model
 
 

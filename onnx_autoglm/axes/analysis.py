@@ -17,6 +17,7 @@ from onnx_autoglm.axes.facts import (
     Pin,
     PinKind,
     Role,
+    ScoredProduct,
     ZeroCheck,
     label,
 )
@@ -52,9 +53,10 @@ class Analysis:
         self.pins: list[tuple[Dim, Pin]] = []
         self.floors: list[tuple[Dim, int]] = []
         self.roles: list[tuple[Dim, Role, ir.Node]] = []
-        self.products: list[list[Dim]] = []  # all axes of each product, before any is summed over
+        self.products: list[tuple[ir.Node, list[Dim]]] = []  # all axes of each, before any is summed over
         self.mixed: list[list[Dim]] = []  # axes of a value but for the one along which an op mixes it
         self.contractions: list[Contraction] = []
+        self.scored: list[ScoredProduct] = []
         self.zero_checks: list[ZeroCheck] = []
         self.counted: list[CountedAttribute] = []
         self.defaulted: list[DefaultedAttribute] = []
@@ -241,7 +243,7 @@ class Analysis:
             self._pin_value(self.input_dims(node, index), reason, node)
             if value is not None:
                 self._pin_elements(value, reason, node)
-        for value in _captured(node):
+        for value in captured(node):
             self._pin_value(self.values.get(value), f"captured by the body of {node.op_type}", node)
             self._pin_elements(value, f"captured by the body of {node.op_type}", node)
             if value in self.contents:
@@ -287,7 +289,7 @@ def _why_no_rule(node: ir.Node) -> str:
 _BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-def _captured(node: ir.Node) -> list[ir.Value]:
+def captured(node: ir.Node) -> list[ir.Value]:
     """Values of the outer graph that the bodies of a control-flow node read."""
     bodies: list[ir.Graph] = []
     for attribute in node.attributes.values():
@@ -295,9 +297,9 @@ def _captured(node: ir.Node) -> list[ir.Value]:
             bodies.append(attribute.as_graph())
         elif attribute.type == ir.AttributeType.GRAPHS:
             bodies.extend(attribute.as_graphs())
-    captured: list[ir.Value] = []
+    found: list[ir.Value] = []
     for body in bodies:
         for inner in body.all_nodes():
-            captured.extend(value for value in inner.inputs if value is not None)
-        captured.extend(body.outputs)
-    return captured
+            found.extend(value for value in inner.inputs if value is not None)
+        found.extend(body.outputs)
+    return found

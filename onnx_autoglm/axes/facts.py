@@ -77,6 +77,15 @@ class Contraction:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class ScoredProduct:
+    """A product of two activations that sums over `dim`: which operands of the node."""
+
+    node: ir.Node
+    operands: tuple[int, int]
+    dim: Dim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class CountedAttribute:
     """An attribute that must equal the size of an axis, such as `num_heads` or `group`."""
 

@@ -19,6 +19,7 @@ from onnx_autoglm.axes.facts import (
     Pin,
     PinKind,
     Role,
+    ScoredProduct,
     ZeroCheck,
     label,
 )
@@ -171,6 +172,11 @@ class Op:
     def contracts(self, activation: tuple[int, int], weight: tuple[int, int], dim: Dim) -> None:
         """Operand `activation[0]` meets the weight `weight[0]` along axes `[1]` of each, from the end."""
         self.analysis.contractions.append(Contraction(self.node, *activation, *weight, dim))
+
+    def scores(self, operands: tuple[int, int], dim: Dim) -> None:
+        """Two activations are multiplied and summed over `dim`."""
+        self.role(dim, Role.SCORED)
+        self.analysis.scored.append(ScoredProduct(self.node, operands, dim))
 
     def mixes(self, dims: Sequence[Dim], axes: Iterable[int]) -> None:
         """Entries along the given axes influence each other, so nothing else may be chosen by them."""

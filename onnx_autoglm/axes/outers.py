@@ -19,7 +19,8 @@ def find_outers(analysis: Analysis, uses: list[Use], atoms: list[Atom]) -> dict[
     common: dict[Atom, set[Atom]] = {}
     # A product counts as one array: what it sums over may not vary with an atom that is free on both sides.
     # Where an op mixes along an axis, nothing may vary with it.
-    arrays = [dims for dims in analysis.values.values() if dims] + analysis.products + analysis.mixed
+    arrays = [dims for dims in analysis.values.values() if dims] + analysis.mixed
+    arrays += [dims for _, dims in analysis.products]
     for dims in [*arrays, *(use.dims for use in uses)]:
         for atom, around in _around(dims, wanted):
             common[atom] = common[atom] & around if atom in common else around

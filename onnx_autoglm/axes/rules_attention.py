@@ -36,7 +36,7 @@ def _heads(query_heads: int, kv_heads: int, qk: Dim, v: Dim) -> Heads:
 
 def _state_roles(op: Op, heads: Heads, operands: tuple[int, int]) -> None:
     op.role(heads.query, Role.HEAD)
-    op.role(heads.qk, Role.SCORED)
+    op.scores(operands, heads.qk)
     op.must_be_zero(operands, heads.qk, CONTRACTION)
     op.role(heads.v, Role.CARRIED)
 

@@ -33,7 +33,7 @@ def product_roles(
     `batch` are axes of both operands, `free` those of only one, `stacked` the batch axes as the weight
     (if one operand is a weight) has them.
     """
-    op.analysis.products.append([*batch, *free[0], *free[1], *contracted])
+    op.analysis.products.append((op.node, [*batch, *free[0], *free[1], *contracted]))
     is_weight = [op.is_weight(index) for index in operands]
     if all(is_weight):
         return
@@ -41,7 +41,7 @@ def product_roles(
         for dim in batch:
             op.role(dim, Role.HEAD)
         for dim in contracted:
-            op.role(dim, Role.SCORED)
+            op.scores(operands, dim)
             op.must_be_zero(operands, dim, CONTRACTION)
         for dim in (*free[0], *free[1]):
             op.role(dim, Role.CARRIED)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from onnx_autoglm.axes.analysis import Analysis
+from onnx_autoglm.axes.blocks import Block, find_blocks
 from onnx_autoglm.axes.dims import Atom, Dim, Sum, leaves, parts_of, resolve, size_of
 from onnx_autoglm.axes.facts import Pin, PinKind, Role, label
 from onnx_autoglm.axes.names import name_structures
@@ -36,7 +37,8 @@ class Structure:
     """An atom that can be cut, or that could be but for its pins.
 
     `outers` are atoms with which the selection may vary; `floor` is the least count per selection;
-    `cost` the parameters that one index holds, in one outer index.
+    `cost` the parameters that one index holds, in one outer index. The indices of a `block` have `names`, and its
+    atom is no axis.
     """
 
     atom: Atom
@@ -50,6 +52,7 @@ class Structure:
     cost: float = 0.0
     layer: str = ""
     id: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -75,6 +78,7 @@ class Structures:
     analysis: Analysis
     found: list[Structure]
     uses: list[Use]
+    blocks: list[Block] = dataclasses.field(default_factory=list)  # the indices of the structure of that kind
 
     def __iter__(self) -> Iterator[Structure]:
         return iter(self.found)
@@ -113,7 +117,45 @@ def find_structures(analysis: Analysis) -> Structures:
     order = {node: index for index, node in enumerate(analysis.graph)}
     found.sort(key=lambda structure: _position(structure, order))
     _name(found)
-    return Structures(analysis, found, uses)
+    blocks = find_blocks(analysis)
+    free = [block for block in blocks if not block.reason]
+    return Structures(analysis, found + _of_blocks(blocks, uses), uses, free)
+
+
+def _of_blocks(blocks: list[Block], uses: list[Use]) -> list[Structure]:
+    """One structure whose indices are the blocks that can go, and one for each that cannot."""
+    entries = []
+    for block in blocks:
+        inside = block.dying()
+        own = [use for use in uses if len(use.dims) > 1 and all(node in inside for node, _ in use.consumers)]
+        entries.append(("block", [Place(use, 0) for use in own]))
+    names = [name for _, name in name_structures(entries)]
+    free = [(block, name) for block, name in zip(blocks, names, strict=True) if not block.reason]
+    found = []
+    if free:
+        cost = sum(block.parameters() for block, _ in free) / len(free)
+        listed = tuple(name for _, name in free)
+        found.append(
+            Structure(
+                Atom(len(free)), "block", len(free), [], cost=cost, layer="blocks", id="blocks", names=listed
+            )
+        )
+    for block, name in zip(blocks, names, strict=True):
+        if block.reason:
+            pins = [Pin(block.reason, block.where)]
+            found.append(
+                Structure(
+                    Atom(1),
+                    "block",
+                    1,
+                    [],
+                    pins=pins,
+                    cost=block.parameters(),
+                    layer=name,
+                    id=f"{name}:block",
+                )
+            )
+    return found
 
 
 def _position(structure: Structure, order: dict[ir.Node, int]) -> int:
