@@ -117,27 +117,27 @@ def _best(
     model: ir.Model, folding: Folding, recording: Recording, strengths: Sequence[float]
 ) -> tuple[float | None, Floats | None, float, float]:
     """The strength with the least error, its scales per group, and the errors before and after."""
-    weights = [weight_of(model, place) for place in folding.places]
-    kernel = weights[0].shape[0] // len(folding.groups)
+    products = [(recording.of(place).rows, weight_of(model, place)) for place in folding.places]
     groups = int(folding.groups.max()) + 1
+    columns = len(folding.groups)
     size, weight_size = np.zeros(groups, np.float32), np.zeros(groups, np.float32)
     np.maximum.at(size, folding.groups, recording.largest)
-    for weight in weights:
-        rows = np.abs(weight).reshape(len(folding.groups), -1).max(axis=1)
-        np.maximum.at(weight_size, folding.groups, rows)
-    before = _error(recording.rows, weights)
+    for _, weight in products:
+        np.maximum.at(weight_size, folding.groups, np.abs(weight).reshape(columns, -1).max(axis=1))
+    before = _error(products)
     best: tuple[float | None, Floats | None, float] = (None, None, before)
-    if not recording.rows.size or not (size > 0).any():
+    if not (size > 0).any() or not all(rows.size for rows, _ in products):
         return None, None, before, before
     errors: dict[float, float] = {}
     for strength in _uphill(strengths, lambda tried: errors.get(tried, np.inf)):
         raw = np.maximum(size, 1e-6) ** strength / np.maximum(weight_size, 1e-6) ** (1 - strength)
         scales = (raw / np.exp(np.log(raw).mean())).astype(np.float32)
         scales = np.where(size > 0, np.clip(scales, 1 / _RANGE, _RANGE), 1).astype(np.float32)
-        spread = np.repeat(scales[folding.groups], kernel)
-        errors[strength] = error = _error(
-            recording.rows / spread, [weight * spread[:, None] for weight in weights]
-        )
+        changed = []
+        for rows, weight in products:
+            spread = np.repeat(scales[folding.groups], len(weight) // columns)
+            changed.append((rows / spread, weight * spread[:, None]))
+        errors[strength] = error = _error(changed)
         if error < best[2] * (_GAIN if best[0] is None else 1):
             best = (strength, scales, error)
     return best[0], best[1], before, best[2]
@@ -157,7 +157,10 @@ def _uphill(strengths: Sequence[float], error: Callable[[float], float]) -> Iter
             least = error(strength)
 
 
-def _error(rows: Floats, weights: Sequence[Floats]) -> float:
-    """What 8 bits on both sides leave, over all readers."""
-    threshold = mse_of_rows(rows)
-    return float(np.mean([OutputError(rows, w, nearest(w, clip=False))(threshold) for w in weights]))
+def _error(products: Sequence[tuple[Floats, Floats]]) -> float:
+    """What 8 bits on both sides leave, over all readers; `products` has the rows and the weight of each."""
+    errors = []
+    for rows, weight in products:
+        if rows.size:
+            errors.append(OutputError(rows, weight, nearest(weight, clip=False))(mse_of_rows(rows)))
+    return float(np.mean(errors)) if errors else 0.0

@@ -22,22 +22,40 @@ Floats = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.float64]
 SAMPLE = 256  # rows that choices are tried on
 _TOGETHER = 8  # activations per stop of the walk
+_WINDOWS = 4096  # of a convolution, per run
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """What one kind of product multiplies: rows `[m, k]` (`[m, channels * kernel]` for a convolution).
+
+    Rows are evenly spread, and the one with the largest entry of each run is among them. `moments` is the mean of x x^T
+    `[k, k]`, mapped from a file, where it was asked for.
+    """
+
+    rows: Floats
+    moments: Matrix | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
     """What one activation holds over all data.
 
     `largest` is max |x| per column `[k]`, a column being an index of the contracted axis (a channel of a convolution).
-    `rows` is a sample `[m, k]` of what is multiplied (`[m, k * kernel]` for a convolution): rows evenly spread, and
-    the one with the largest entry of each run. `moments` is the mean of x x^T `[k, k]`, mapped from a
-    file, where it was asked for.
     """
 
     histogram: Histogram
     largest: Floats
-    rows: Floats
-    moments: Matrix | None = None
+    samples: Mapping[str, Sample]
+
+    def of(self, place: Place) -> Sample:
+        """What a place multiplies."""
+        return self.samples[_kind(place)]
+
+
+def _kind(place: Place) -> str:
+    """Products of matrices multiply the same rows; every convolution has windows of its own."""
+    return place.node if place.op == "Conv" else ""
 
 
 def record(
@@ -59,9 +77,9 @@ def record(
 
     Raises UserError if the model does not run, or a value is not finite (the node that reads it is named).
     """
-    readers: dict[str, Place] = {}
+    readers: dict[str, dict[str, Place]] = {}
     for place in places:
-        readers.setdefault(place.activation, place)
+        readers.setdefault(place.activation, {}).setdefault(_kind(place), place)
     order = {value.name: index for index, node in enumerate(model.graph) for value in node.outputs}
     names = sorted({*readers, *others}, key=lambda name: order.get(name, -1))
     nodes = {node.outputs[0].name: node for node in model.graph}
@@ -73,48 +91,72 @@ def record(
             step(f"calibrate {start + len(together)} of {len(names)} activations")
             walk.reach(together)
             parts: dict[str, _Part] = {
-                name: _Part(readers[name], nodes[readers[name].node], model, len(feeds), moments is not None)
+                name: _Part(readers[name], nodes, model, len(feeds), moments)
                 for name in together
                 if name in readers
             }
             for arrays in walk.values(together):
                 for name in together:
                     array = arrays[name]
-                    _refuse_infinite(name, array, readers.get(name))
+                    _refuse_infinite(name, array, next(iter(readers.get(name, {}).values()), None))
                     if name in parts:
                         parts[name].add(array)
                     if name in plain:
                         plain[name].add(array)
-            for name, part in parts.items():
-                path = None if moments is None else moments / f"{len(found)}.npy"
-                found[name] = part.finish(path)
+            found |= {name: part.finish() for name, part in parts.items()}
     return found, plain
 
 
 class _Part:
     """A recording in the making."""
 
-    def __init__(self, place: Place, node: ir.Node, model: ir.Model, runs: int, moments: bool) -> None:
-        self._place, self._node = place, node
+    def __init__(
+        self,
+        readers: Mapping[str, Place],
+        nodes: Mapping[str | None, ir.Node],
+        model: ir.Model,
+        runs: int,
+        moments: Path | None,
+    ) -> None:
+        self._axis = next(iter(readers.values())).activation_axis
+        self._histogram = Histogram()
+        self._largest: Floats | None = None
+        self._samplers = {
+            kind: _Sampler(place, nodes[place.node], model, runs, moments) for kind, place in readers.items()
+        }
+
+    def add(self, array: np.ndarray) -> None:
+        self._histogram.add(array)
+        moved = np.moveaxis(array, self._axis, -1)
+        columns = np.asarray(np.abs(moved).reshape(-1, moved.shape[-1]).max(axis=0, initial=0), np.float32)
+        self._largest = columns if self._largest is None else np.maximum(self._largest, columns)
+        for sampler in self._samplers.values():
+            sampler.add(array, moved)
+
+    def finish(self) -> Recording:
+        assert self._largest is not None
+        samples = {kind: sampler.finish() for kind, sampler in self._samplers.items()}
+        return Recording(self._histogram, self._largest, samples)
+
+
+class _Sampler:
+    """A sample in the making; grouped convolutions, which multiply parts of their windows, give none."""
+
+    def __init__(self, place: Place, node: ir.Node, model: ir.Model, runs: int, moments: Path | None) -> None:
+        self._place, self._node, self._folder = place, node, moments
         tensor = model.graph.initializers[place.initializer].const_value
         assert tensor is not None
         self._kernel = tuple(int(size) for size in tensor.shape.numpy()[2:]) if place.op == "Conv" else ()
         self._is_grouped = place.op == "Conv" and node.attributes.get_int("group", 1) > 1
-        self._histogram = Histogram()
-        self._largest: Floats | None = None
         self._rows: list[Floats] = []
         self._each = max(SAMPLE // runs, 1)
-        self._moments = Moments(place.inputs) if moments and not self._is_grouped else None
+        self._moments = Moments(place.inputs) if moments is not None and not self._is_grouped else None
 
-    def add(self, array: np.ndarray) -> None:
-        self._histogram.add(array)
-        moved = np.moveaxis(array, self._place.activation_axis, -1)
-        columns = np.asarray(np.abs(moved).reshape(-1, moved.shape[-1]).max(axis=0, initial=0), np.float32)
-        self._largest = columns if self._largest is None else np.maximum(self._largest, columns)
+    def add(self, array: np.ndarray, moved: np.ndarray) -> None:
         if self._is_grouped:
             return
         if self._kernel:
-            rows = patches(array, self._node, self._kernel, 4096)[0]
+            rows = patches(array, self._node, self._kernel, _WINDOWS)[0]
         else:
             rows = np.ascontiguousarray(moved.reshape(-1, moved.shape[-1]), dtype=np.float32)
         if not len(rows):
@@ -124,15 +166,14 @@ class _Part:
         if self._moments is not None:
             self._moments.add(rows)
 
-    def finish(self, path: Path | None) -> Recording:
-        width = self._place.inputs
-        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, width), np.float32)
-        assert self._largest is not None
-        if self._moments is None or path is None:
-            return Recording(self._histogram, self._largest, rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def finish(self) -> Sample:
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, self._place.inputs), np.float32)
+        if self._moments is None or self._folder is None:
+            return Sample(rows)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{len(list(self._folder.iterdir()))}.npy"
         np.save(path, self._moments.products / max(self._moments.count, 1))
-        return Recording(self._histogram, self._largest, rows, np.load(path, mmap_mode="r"))
+        return Sample(rows, np.load(path, mmap_mode="r"))
 
 
 def _refuse_infinite(name: str, array: np.ndarray, reader: Place | None) -> None:

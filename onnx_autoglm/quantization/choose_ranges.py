@@ -61,9 +61,13 @@ def _choose(
     calibrator: str,
 ) -> Range:
     proposed = candidates(recording.histogram)
-    if not len(recording.rows):
+    errors_of = [
+        OutputError(recording.of(place).rows, weight_of(model, place))
+        for place in places
+        if len(recording.of(place).rows)
+    ]
+    if not errors_of:
         return range_of(recording.histogram, calibrator)
-    errors_of = [OutputError(recording.rows, weight_of(model, place)) for place in places]
 
     def error(threshold: float) -> float:
         return float(np.mean([of(threshold) for of in errors_of]))

@@ -41,7 +41,7 @@ def round_weights(
         step(f"round weights {number} of {len(places)}")
         weight = weight_of(model, place)
         recording = recordings.get(place.activation)
-        moments = None if recording is None else recording.moments
+        moments = None if recording is None else recording.of(place).moments
         whole = block if place.op != "Conv" else None
         if rounding == "gptq" and moments is not None and readers[place.initializer] == 1:
             noisy = np.array(moments)

@@ -92,6 +92,7 @@ def plan_quantization(
     Raises UserError for a model that is quantized already or has nothing to quantize, or data that it does not run on.
     """
     refuse_quantized(source, "the model")
+    scratch.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
     model = source.clone()
     folded = fold_batchnorm(model)
