@@ -139,9 +139,9 @@ class Generator:
             found[row].finish = event.finish or found[row].finish
         return found
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of a prompt. Raises UserError without a tokenizer."""
-        return list(self._words.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """The tokens of a prompt, with those that the tokenizer adds if `special`. Raises UserError without one."""
+        return list(self._words.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: list[int]) -> str:
         return str(self._words.decode(tokens, skip_special_tokens=True))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from onnx_autoglm.sampling import Sampling
+if TYPE_CHECKING:
+    from onnx_autoglm.sampling import Sampling
 
 
 class LanguageOptions(BaseModel):
@@ -63,4 +65,6 @@ class GenerateOptions(LanguageOptions):
 
     @property
     def sampling(self) -> Sampling:
+        from onnx_autoglm.sampling import Sampling
+
         return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty)
