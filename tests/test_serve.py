@@ -404,10 +404,17 @@ def test_mistakes_are_one_line(folder: Path, options: list[str], expected: str) 
 
 def test_the_openai_client(server: Server) -> None:
     openai = pytest.importorskip("openai")
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    ) as client:
         whole = client.completions.create(model="small", prompt="Hello", max_tokens=8, temperature=0)
         assert whole.choices[0].text == server.complete("Hello")["choices"][0]["text"]
-        how = {"model": "small", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "seed": 1}
+        how = {
+            "model": "small",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "max_tokens": 8,
+            "seed": 1,
+        }
         chat = client.chat.completions.create(**how)
         stream = client.chat.completions.create(**how, stream=True)
         said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
