@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from onnx_autoglm.bench_options import BenchOptions
-from onnx_autoglm.cli_shared import console, option_of, progress_line
+from onnx_autoglm.cli_shared import console, from_flags, option_of, progress_line
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.generate_options import GenerateOptions
-from onnx_autoglm.options import flags, from_flags
+from onnx_autoglm.options import flags
 from onnx_autoglm.serve_options import ServeOptions
 
 

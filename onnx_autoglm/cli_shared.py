@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 
-from onnx_autoglm.options import Flag
+from onnx_autoglm.options import Flag, flags
+from onnx_autoglm.validation import validated
+
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def option_of(flag: Flag) -> click.Option:
@@ -31,6 +35,16 @@ def option_of(flag: Flag) -> click.Option:
     if isinstance(default, str | int | float):
         settings["help"] = f"{flag.field.description}  [default: {default}]"
     return click.Option([flag.name, flag.keyword], **settings)
+
+
+def from_flags(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
+    """Options of a command without sections, from keywords named as its flags.
+
+    Raises UserError with one line per value that is not allowed.
+    """
+    known = {flag.keyword: flag.path[-1] for flag in flags(kind)}
+    data = {known[keyword]: value for keyword, value in given.items() if value not in (None, ())}
+    return validated(kind, data, "options")
 
 
 def console(file: Any) -> Any:

@@ -10,14 +10,13 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -26,9 +25,9 @@ from pydantic.fields import FieldInfo
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
+from onnx_autoglm.validation import validated
 
 DEFAULT_FRACTION = 0.25
-Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class _Options(BaseModel):
@@ -360,29 +359,6 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
 def make_options(data: dict[str, Any], where: str) -> Options:
     """Validates options. Raises UserError with one line per mistake."""
     return validated(Options, data, where)
-
-
-def from_flags(kind: type[Kind], given: Mapping[str, Any]) -> Kind:
-    """Options of a command without sections, from keywords named as its flags.
-
-    Raises UserError with one line per value that is not allowed.
-    """
-    known = {flag.keyword: flag.path[-1] for flag in flags(kind)}
-    data = {known[keyword]: value for keyword, value in given.items() if value not in (None, ())}
-    return validated(kind, data, "options")
-
-
-def validated(kind: type[Kind], data: dict[str, Any], where: str) -> Kind:
-    """Options from plain data. Raises UserError with one line per mistake."""
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {path}: {message}" if path else f"{where}: {message}")
-        raise UserError("\n".join(lines)) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

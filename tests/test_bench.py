@@ -18,7 +18,7 @@ from onnx_autoglm.bench_load import arrivals
 from onnx_autoglm.bench_offline import take_turns
 from onnx_autoglm.bench_options import BenchOptions
 from onnx_autoglm.bench_stats import Ratio, Times, paired_ratio
-from onnx_autoglm.options import from_flags
+from onnx_autoglm.cli_shared import from_flags
 
 ROOT = Path(__file__).parents[1] / "build" / "models"
 
