@@ -22,6 +22,7 @@ from onnx_autoglm.errors import UserError
 FIRST_SHARE = 0.5  # of what one request at a time would allow: the lowest rate
 GROWTH = 1.5
 MOST_RATES = 12
+ALONE = 4  # requests, to see how long one takes
 REQUEST_SECONDS = 300
 RSS = "process_resident_memory_bytes"
 
@@ -155,13 +156,14 @@ def measure_load(
 
 
 def _alone(server: LoadServer, vocabulary: int, options: BenchOptions) -> float:
-    """Seconds of one request on an idle server."""
+    """Seconds of one request on an idle server: the fastest of a few, since the first ones warm it up."""
     prompt = _prompts(1, vocabulary, options)[0]
-    for _ in range(2):
-        reply = server.complete(prompt, options.decode_tokens, time.perf_counter())
-    if reply.status != 200:
-        raise UserError(f"a server answers with {reply.status}: bench --load needs a language model")
-    return reply.last
+    replies = [server.complete(prompt, options.decode_tokens, time.perf_counter()) for _ in range(ALONE)]
+    if replies[-1].status != 200:
+        raise UserError(
+            f"a server answers with {replies[-1].status}: bench --load needs models that write text"
+        )
+    return min(reply.last for reply in replies if reply.status == 200)
 
 
 def _prompts(count: int, vocabulary: int, options: BenchOptions) -> list[list[int]]:
@@ -198,14 +200,14 @@ def _offer(server: LoadServer, rate: float, vocabulary: int, options: BenchOptio
     for thread in threads:
         thread.join()
     found = [replies.get() for _ in threads]
-    return _point(rate, found, started, rss, still_open > options.slots)
+    took = max(options.seconds, max(reply.ended for reply in found) - started)
+    return _point(rate, found, took, rss, still_open > options.slots)
 
 
-def _point(rate: float, found: list[_Reply], started: float, rss: int | None, backlog: bool) -> LoadPoint:
+def _point(rate: float, found: list[_Reply], took: float, rss: int | None, backlog: bool) -> LoadPoint:
     good = [reply for reply in found if reply.status == 200]
     refused = sum(reply.status == 429 for reply in found)
     failed = len(found) - len(good) - refused
-    took = max((reply.ended for reply in found), default=started) - started
     last = _percentiles([reply.last for reply in good])
     first = _percentiles([reply.first for reply in good])
     return LoadPoint(

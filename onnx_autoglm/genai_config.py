@@ -65,7 +65,6 @@ def genai_config(model: ir.Model, file: str, ends: frozenset[int], context: int)
             "type": KIND,
             "context_length": context,
             "vocab_size": roles.inputs.vocabulary,
-            "bos_token_id": min(ends),
             "eos_token_id": sorted(ends),
             "pad_token_id": min(ends),
             "decoder": {

@@ -127,8 +127,12 @@ class _Paths:
         model = self._served.model
         if not isinstance(model, Predictor):
             raise HttpError(404, "this is a language model: use /v1/completions")
-        data = await self._json(request)
-        return JSONResponse(await asyncio.to_thread(model.predict, data))
+        data, seconds = await self._json(request), self._served.options.timeout
+        try:
+            async with asyncio.timeout(seconds):
+                return JSONResponse(await asyncio.to_thread(model.predict, data))
+        except TimeoutError as error:
+            raise HttpError(504, f"not done after {seconds:g} seconds", code="timeout") from error
 
     async def models(self, _: Request) -> Response:
         from starlette.responses import JSONResponse

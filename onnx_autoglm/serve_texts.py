@@ -93,8 +93,9 @@ class Texts:
 
     def _check(self, prompts: Sequence[list[int]], drawing: Drawing) -> None:
         options, context = self._language.options, self._language.generator.context
-        if self.choices > options.choices:
-            raise HttpError(400, f"at most {options.choices} continuations per request", param="n")
+        most = min(options.choices, options.slots + options.queue)
+        if self.choices > most:
+            raise HttpError(400, f"at most {most} continuations per request", param="n")
         if drawing.max_tokens > options.max_tokens:
             raise HttpError(
                 400, f"max_tokens must be {options.max_tokens} or less on this server", param="max_tokens"
