@@ -9,10 +9,12 @@ import json
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -64,19 +66,21 @@ class _Reply:
 class LoadServer:
     """A `serve` process."""
 
-    def __init__(self, model: Path, options: BenchOptions) -> None:
-        """Starts it. Raises UserError if it does not come up."""
+    def __init__(self, model: Path, options: BenchOptions, said: IO[str]) -> None:
+        """Starts it; what it says goes to a file. Raises UserError if it does not come up."""
         length = options.prompt_tokens + options.decode_tokens
         words = [sys.executable, "-m", "onnx_autoglm", "serve", str(model), "--port", "0"]
         words += ["--slots", str(options.slots), "--context", str(max(length, 2))]
         words += ["--max-tokens", str(options.decode_tokens), "--timeout", str(REQUEST_SECONDS)]
         words += [] if options.threads is None else ["--threads", str(options.threads)]
-        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.startswith("serving "):
-            said = self._process.communicate()[1].strip()
-            raise UserError(f"the server of {model} does not start: {said.removeprefix('error: ')}")
+            self._process.communicate()
+            said.seek(0)
+            why = said.read().strip().removeprefix("error: ")
+            raise UserError(f"the server of {model} does not start: {why}")
         self._port = int(line.rsplit(":", 1)[1])
 
     def complete(self, prompt: list[int], tokens: int, due: float) -> _Reply:
@@ -122,11 +126,13 @@ class LoadServer:
 
 @contextlib.contextmanager
 def _started(model: Path, options: BenchOptions) -> Iterator[LoadServer]:
-    server = LoadServer(model, options)
-    try:
-        yield server
-    finally:
-        server.stop()
+    # A pipe that nobody reads would stop a server that has much to say.
+    with tempfile.TemporaryFile("w+") as said:
+        server = LoadServer(model, options, said)
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def measure_load(

@@ -143,16 +143,22 @@ def _is_loopback(host: str) -> bool:
 
 def _run(served: Served, listener: socket.socket, key: str | None) -> None:
     import uvicorn
+    from uvicorn.config import LOGGING_CONFIG
 
     class Server(uvicorn.Server):
         """Ends with code 0 after a signal; the base class raises it again."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.leave)
+            # Not loop.add_signal_handler: its pipe also wakes the loop for each token, and a signal that finds it full
+            # is lost.
+            loop, numbers = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+            before = [
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.leave)) for number in numbers
+            ]
             yield
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
         def leave(self) -> None:
             """The first signal lets requests finish for a while, the second does not."""
@@ -165,6 +171,11 @@ def _run(served: Served, listener: socket.socket, key: str | None) -> None:
 
     config = uvicorn.Config(
         create_app(served, key),
+        # asyncio warns of each piece that a client who has just gone does not take: no news, and there are many.
+        log_config={
+            **LOGGING_CONFIG,
+            "loggers": {**LOGGING_CONFIG["loggers"], "asyncio": {"level": "ERROR"}},
+        },
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -31,7 +31,7 @@ class Crowd:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(SECONDS + 60)
         assert not any(thread.is_alive() for thread in self._threads)
 
     def _live(self, seed: int) -> None:
@@ -85,6 +85,11 @@ def test_a_crowd_for_two_minutes() -> None:
         print(dict(crowd.statuses), f"RSS {before / 1e6:.0f} to {after / 1e6:.0f} MB")
         assert after < 1.1 * before
         assert server.ask("/v1/completions", {"prompt": [1, 2], "max_tokens": 3})[0] == 200
+        late = Crowd(server, 10)
+        late.start()
+        time.sleep(5)
+        assert server.stop()[0] == 0  # in the middle of it
+        late.join()
     allowed = {
         "whole": {"200", "429"},
         "stream": {"200", "429"},
