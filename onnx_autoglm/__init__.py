@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from onnx_autoglm.bench import bench
     from onnx_autoglm.bench_options import BenchOptions
     from onnx_autoglm.bench_report import Bench
+    from onnx_autoglm.bench_run import bench
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.generate import Generated, Generator
     from onnx_autoglm.options import Options
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bench": "onnx_autoglm.bench",
+    "bench": "onnx_autoglm.bench_run",
     "Bench": "onnx_autoglm.bench_report",
     "BenchOptions": "onnx_autoglm.bench_options",
     "Generated": "onnx_autoglm.generate",

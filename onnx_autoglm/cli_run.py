@@ -122,7 +122,7 @@ def bench(a: Path, b: Path, output: Path | None, as_json: bool, quiet: bool, **g
       onnx-autoglm bench model.onnx out/model.onnx
       onnx-autoglm bench model.onnx out/model.onnx --load --data text.txt -o bench
     """
-    from onnx_autoglm.bench import bench as run
+    from onnx_autoglm.bench_run import bench as run
 
     with progress_line(quiet) as progress:
         found = run(a, b, from_flags(BenchOptions, given), output=output, progress=progress)

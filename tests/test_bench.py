@@ -13,10 +13,10 @@ import pytest
 import recipes
 
 from onnx_autoglm import UserError
-from onnx_autoglm.bench import bench
 from onnx_autoglm.bench_load import arrivals
 from onnx_autoglm.bench_offline import take_turns
 from onnx_autoglm.bench_options import BenchOptions
+from onnx_autoglm.bench_run import bench
 from onnx_autoglm.bench_stats import Ratio, Times, paired_ratio
 from onnx_autoglm.cli_shared import from_flags
 
