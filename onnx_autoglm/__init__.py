@@ -7,26 +7,37 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from onnx_autoglm.bench_options import BenchOptions
+    from onnx_autoglm.bench_report import Bench
+    from onnx_autoglm.bench_run import bench
     from onnx_autoglm.evaluation import Evaluation, evaluate
+    from onnx_autoglm.generate import Generated, Generator
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
     from onnx_autoglm.quantization.pipeline import quantize
     from onnx_autoglm.quantization.report import QuantizationReport
     from onnx_autoglm.report import Inspection, Report
+    from onnx_autoglm.sampling import Sampling
     from onnx_autoglm.sweep_run import sweep
     from onnx_autoglm.sweep_table import Sweep
 
     __version__: str
 
 __all__ = [
+    "Bench",
+    "BenchOptions",
     "CheckFailed",
     "Evaluation",
+    "Generated",
+    "Generator",
     "Inspection",
     "Options",
     "QuantizationReport",
     "Report",
+    "Sampling",
     "Sweep",
     "UserError",
+    "bench",
     "check",
     "evaluate",
     "inspect",
@@ -36,6 +47,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bench": "onnx_autoglm.bench_run",
+    "Bench": "onnx_autoglm.bench_report",
+    "BenchOptions": "onnx_autoglm.bench_options",
+    "Generated": "onnx_autoglm.generate",
+    "Generator": "onnx_autoglm.generate",
+    "Sampling": "onnx_autoglm.sampling",
     "check": "onnx_autoglm.pipeline",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",

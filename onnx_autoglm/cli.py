@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import click
 
+from onnx_autoglm.cli_run import bench, generate, serve
+from onnx_autoglm.cli_shared import console, option_of, progress_line
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import TOLERANCE, DataOptions, Flag, Options, collect, flags
+from onnx_autoglm.options import TOLERANCE, DataOptions, Options, collect, flags
 from onnx_autoglm.quantization.options import QuantizationOptions
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
@@ -58,40 +58,16 @@ def cli() -> None:
     onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
     onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
     onnx-autoglm quantize model.onnx -o out --calib text.txt
+    onnx-autoglm generate model.onnx --prompt "The capital of France is"
+    onnx-autoglm serve model.onnx              an OpenAI-compatible server
+    onnx-autoglm bench model.onnx out/model.onnx   how much faster, at what load
     """
-
-
-# --- options from fields
-
-
-def _option(flag: Flag) -> click.Option:
-    """The command-line option of a field: its type, help text and default."""
-    settings: dict[str, Any] = {"help": flag.field.description, "metavar": flag.metavar, "default": None}
-    kind, default = flag.field.annotation, flag.field.default
-    if kind is bool and default is True:
-        settings["help"] = f"{flag.field.description}  [default: yes]"
-        return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
-    if kind == (bool | None):
-        return click.Option([f"{flag.name}/--no-{flag.name[2:]}", flag.keyword], **settings)
-    if kind is bool:
-        return click.Option(
-            [flag.name, flag.keyword], is_flag=True, help=flag.field.description, default=None
-        )
-    if get_origin(kind) is Literal:
-        settings["type"] = click.Choice([str(value) for value in get_args(kind)])
-    elif get_origin(kind) is tuple or flag.metavar == "KIND=FRACTION":
-        settings["multiple"] = True
-    elif kind in (int, float):
-        settings["type"] = kind
-    if isinstance(default, str | int | float):
-        settings["help"] = f"{flag.field.description}  [default: {default}]"
-    return click.Option([flag.name, flag.keyword], **settings)
 
 
 # --- commands
 
 
-@cli.command(params=[_option(flag) for flag in flags()])
+@cli.command(params=[option_of(flag) for flag in flags()])
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -119,10 +95,10 @@ def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool,
     folder = output or model.with_name(f"{model.stem}-pruned")
     from onnx_autoglm import pipeline
 
-    with _progress(quiet) as progress:
+    with progress_line(quiet) as progress:
         report = pipeline.optimize(model, folder, options, progress=progress)
     if not quiet:
-        report.print(_console(sys.stdout))
+        report.print(console(sys.stdout))
         click.echo(f"written to {folder}")
 
 
@@ -137,7 +113,7 @@ def inspect(model: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=1))
     else:
-        found.print(_console(sys.stdout))
+        found.print(console(sys.stdout))
 
 
 @cli.command()
@@ -155,7 +131,7 @@ def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance
     """Prove again, from PLAN alone, that PRUNED is SOURCE with exactly the planned parts removed."""
     from onnx_autoglm import pipeline
 
-    with _progress(quiet) as progress:
+    with progress_line(quiet) as progress:
         proof = pipeline.check(source, plan, pruned, inputs=inputs, tolerance=tolerance, progress=progress)
     if not quiet:
         click.echo(
@@ -163,7 +139,9 @@ def check(source: Path, plan: Path, pruned: Path, inputs: Path | None, tolerance
         )
 
 
-@cli.command(params=[_option(flag) for model in (QuantizationOptions, DataOptions) for flag in flags(model)])
+@cli.command(
+    params=[option_of(flag) for model in (QuantizationOptions, DataOptions) for flag in flags(model)]
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -191,10 +169,10 @@ def quantize(model: Path, output: Path | None, quiet: bool, **given: Any) -> Non
     folder = output or model.with_name(f"{model.stem}-quantized")
     from onnx_autoglm.quantization.pipeline import quantize as run
 
-    with _progress(quiet) as progress:
+    with progress_line(quiet) as progress:
         report = run(model, folder, progress=progress, **given)
     if not quiet:
-        report.print(_console(sys.stdout))
+        report.print(console(sys.stdout))
         click.echo(f"written to {folder}")
 
 
@@ -244,12 +222,12 @@ def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
     """
     from onnx_autoglm.evaluation import evaluate as run
 
-    with _progress(quiet) as progress:
+    with progress_line(quiet) as progress:
         found = run(model, **given, progress=progress)
     if as_json:
         click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
-        found.print(_console(sys.stdout))
+        found.print(console(sys.stdout))
 
 
 class _Sweep(click.Command):
@@ -270,7 +248,7 @@ def _is_numbers(word: str) -> bool:
     return all(re.fullmatch(r"\d*\.?\d+", part) for part in word.split(","))
 
 
-@cli.command(cls=_Sweep, params=[_option(flag) for flag in flags() if flag.keyword != "keep"])
+@cli.command(cls=_Sweep, params=[option_of(flag) for flag in flags() if flag.keyword != "keep"])
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
 @click.option(
@@ -314,32 +292,16 @@ def sweep(
 
     levels = [part for word in keep for part in word.split(",")]
     given["prune"] = ",".join(given["prune"])
-    with _progress(quiet) as progress:
+    with progress_line(quiet) as progress:
         found = run(model, output, keep=levels, vary=parse_vary(vary), progress=progress, **given)
     if not quiet:
-        found.print(_console(sys.stdout))
+        found.print(console(sys.stdout))
         click.echo(f"written to {output}")
 
 
-def _console(file: Any) -> Any:
-    from rich.console import Console
-
-    # A pipe has no width of its own; tables must not be folded there.
-    return Console(file=file, width=None if file.isatty() else 160)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A spinner with the step that runs, on a terminal; nothing in a pipe."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
-        task = bar.add_task("start")
-        yield lambda step: bar.update(task, description=step)
+cli.add_command(generate)
+cli.add_command(serve)
+cli.add_command(bench)
 
 
 def main() -> None:

@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.decode_inputs import DecodeInput
 from onnx_autoglm.decode_roles import DecodeRoles, decode_roles
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.feed_roles import LENGTHS, uses_of
 from onnx_autoglm.feed_sizes import fed_inputs
 from onnx_autoglm.runtime import Session
+from onnx_autoglm.sampling import Sampling, pick
 from onnx_autoglm.upcast import needs_upcast, upcast
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Arrays = dict[str, np.ndarray]
+Values = dict[str, "onnxruntime.OrtValue"]
 Step = Callable[[str], None]
 
 CACHE_BYTES = 1 << 30  # of the caches of all rows that are written at once
@@ -31,30 +33,18 @@ SAME_SCORES = 2e-2
 POINTWISE = frozenset({"Add", "Cast", "Clip", "Div", "Identity", "Mul", "Sub", "Tanh"})
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn: scores over `temperature`, then the `top_k` best ones (0: all), then the
-    fewest that have `top_p` of the probability."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"{self}: temperature and top_p must be above 0 (top_p at most 1), top_k 0 or more"
-            )
-
-
 class Decoder:
     """A causal language model that writes.
 
     16-bit graphs compute in float32. Only the scores of the last position are computed.
     """
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, *, threads: int | None = None) -> None:
         """Loads the model and tries it.
+
+        Args:
+            model: a causal language model; it is only read.
+            threads: worker threads; by default ONNX Runtime's own choice.
 
         Raises:
             UserError: the model has no token input, no next-token scores, fixed sizes, inputs of unknown
@@ -63,10 +53,10 @@ class Decoder:
         ready = upcast(model) if needs_upcast(model) else model.clone()
         self.roles: DecodeRoles = decode_roles(ready)
         self.cached = bool(self.roles.caches)
-        self._inputs = [_Input.of(value, self.roles) for value in fed_inputs(ready)]
+        self.inputs = [DecodeInput.of(value, self.roles) for value in fed_inputs(ready)]
         self._try_out(ready)
         _only_last(ready, self.roles.scores)
-        self._session = Session(ready, optimize=True)
+        self._session = Session(ready, optimize=True, threads=threads)
         self._rows: int | None = self.roles.inputs.batch
 
     def _try_out(self, model: ir.Model) -> None:
@@ -164,36 +154,58 @@ class Decoder:
         self, prompts: np.ndarray, draws: np.ndarray, sampling: Sampling | None, step: Step
     ) -> np.ndarray:
         """Continues one batch: `draws` is `[batch, tokens]`."""
-        import onnxruntime
-
         batch, count = draws.shape
         text = prompts.astype(np.int64)
         caches = self.roles.caches
-        past: dict[str, onnxruntime.OrtValue] = {}
-        for cache in caches:
-            empty = np.zeros(cache.empty(batch), cache.dtype.numpy())
-            past[cache.input] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        seen = 0
-        outputs = [self.roles.scores, *(cache.output for cache in caches)]
+        past, seen = self.empty(batch), 0
         for number in range(count):
             step(f"{number + 1} of {count}")
             fresh = text[:, seen:]
-            # A graph that takes one token at a time reads the prompt so.
-            width = 1 if self.roles.inputs.length == 1 else fresh.shape[1]
-            for start in range(0, fresh.shape[1], width):
-                feeds = self.feeds(fresh[:, start : start + width], seen + start)
-                scores, *grown = self._session.run_values({**feeds, **past}, outputs)
-                past = {cache.input: value for cache, value in zip(caches, grown, strict=True)}
+            last, past = self.run(fresh, past, seen)
             seen = text.shape[1] if caches else 0
-            last = scores.numpy()[:, -1].astype(np.float32)
             if not np.isfinite(last.max(axis=-1)).all():
                 raise UserError("the model computes next-token scores that are not finite")
-            text = np.concatenate([text, pick(last, sampling, draws[:, number])[:, None]], axis=1)
+            chosen = pick(last, sampling, draws[:, number], list(text))
+            text = np.concatenate([text, chosen[:, None]], axis=1)
         return text[:, prompts.shape[1] :]
 
-    def feeds(self, tokens: np.ndarray, past: int) -> Arrays:
-        """All inputs but the caches, for `[batch, new]` tokens after `past` others."""
-        return {item.name: item.array(tokens, past) for item in self._inputs if item.kind != "cache"}
+    def empty(self, batch: int) -> Values:
+        """The caches of rows that have no tokens yet."""
+        from onnxruntime import OrtValue
+
+        arrays = {c.input: np.zeros(c.empty(batch), c.dtype.numpy()) for c in self.roles.caches}
+        return {name: OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+    def run(
+        self, tokens: np.ndarray, past: Values, seen: int, padding: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Values]:
+        """Reads `[batch, new]` tokens. Caches stay values of ONNX Runtime and are not copied.
+
+        Args:
+            tokens: the new tokens; without a cache all of the text.
+            past: the caches, by input.
+            seen: tokens in the caches.
+            padding: how many of them, the first ones of each row, are none, `[batch]`.
+
+        Returns:
+            The scores after the last token, float32 `[batch, vocabulary]`, and the caches with the new tokens.
+
+        Raises:
+            UserError: the model does not run.
+        """
+        caches = self.roles.caches
+        outputs = [self.roles.scores, *(cache.output for cache in caches)]
+        # A graph that takes one token at a time reads a prompt so.
+        width = 1 if self.roles.inputs.length == 1 else tokens.shape[1]
+        for start in range(0, tokens.shape[1], width):
+            feeds = self.feeds(tokens[:, start : start + width], seen + start, padding)
+            scores, *grown = self._session.run_values({**feeds, **past}, outputs)
+            past = {cache.input: value for cache, value in zip(caches, grown, strict=True)}
+        return scores.numpy()[:, -1].astype(np.float32), past
+
+    def feeds(self, tokens: np.ndarray, past: int, padding: np.ndarray | None = None) -> Arrays:
+        """All inputs but the caches, for `[batch, new]` tokens after `past` others, as in `run`."""
+        return {item.name: item.array(tokens, past, padding) for item in self.inputs if item.kind != "cache"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,82 +220,8 @@ class _Told:
         self.step(f"write text, row {self.row + 1} of {self.rows}, token {text}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Input:
-    """One graph input: what it is, its type, and its declared shape."""
-
-    name: str
-    kind: str
-    dtype: np.dtype
-    rank: int
-    inner: tuple[int, ...]  # its axes between the first and the last
-    own_length: bool  # a mask over the new tokens alone
-    length: tuple[bool, int] | None  # a count of tokens: whether past and new count, and what is added
-
-    @classmethod
-    def of(cls, value: ir.Value, roles: DecodeRoles) -> _Input:
-        assert value.shape is not None and value.dtype is not None
-        kinds = {roles.inputs.tokens: "tokens", **dict.fromkeys(roles.inputs.positions, "positions")}
-        kinds |= {cache.input: "cache" for cache in roles.caches}
-        inner = tuple(dim if isinstance(dim, int) else 1 for dim in value.shape[1:-1])
-        last = value.shape[-1] if len(value.shape) else None
-        own = isinstance(last, ir.SymbolicDim) and last.value == roles.inputs.sequence_symbol
-        lengths = [LENGTHS[use.key] for use in uses_of(value) if use.key in LENGTHS]
-        name = value.name or ""
-        return cls(
-            name,
-            kinds.get(name, "mask"),
-            value.dtype.numpy(),
-            len(value.shape),
-            inner,
-            own,
-            lengths[0] if lengths else None,
-        )
-
-    def array(self, tokens: np.ndarray, past: int) -> np.ndarray:
-        batch, new = tokens.shape
-        if self.kind == "tokens":
-            return np.ascontiguousarray(tokens, self.dtype)
-        if self.kind == "positions":
-            shape = (new,) if self.rank == 1 else (batch, *self.inner, new)
-            return np.ascontiguousarray(np.broadcast_to(np.arange(past, past + new), shape), self.dtype)
-        if self.length is not None:
-            total, shift = self.length
-            return np.full((batch,) * self.rank, (past + new if total else past) + shift, self.dtype)
-        return np.ones((batch, new if self.own_length else past + new)[: self.rank], self.dtype)
-
-
 def _differ(expected: np.ndarray, actual: np.ndarray) -> bool:
     return bool(np.abs(expected - actual).max(initial=0) > SAME_SCORES * np.abs(expected).max(initial=0))
-
-
-def pick(scores: np.ndarray, sampling: Sampling | None, draws: np.ndarray) -> np.ndarray:
-    """The next token of each row, int64 `[batch]`: from float32 scores `[batch, vocabulary]` and one uniform number
-    per row."""
-    if sampling is None:
-        return np.asarray(scores.argmax(axis=-1), dtype=np.int64)
-    scaled = scores / np.float32(sampling.temperature)
-    if 0 < sampling.top_k < scaled.shape[-1]:
-        least = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
-        scaled = np.where(scaled >= least, scaled, -np.inf)
-    weights = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    if sampling.top_p < 1:
-        weights = _most_likely(weights, sampling.top_p)
-    summed = weights.cumsum(axis=-1, dtype=np.float64)
-    # The first token whose sum is above the draw; a token of weight zero never is the first.
-    chosen = (summed <= draws[:, None] * summed[:, -1:]).sum(axis=-1)
-    return np.asarray(np.minimum(chosen, scores.shape[-1] - 1), dtype=np.int64)
-
-
-def _most_likely(weights: np.ndarray, share: float) -> np.ndarray:
-    """The weights with zeros outside the fewest that together have `share` of the sum."""
-    order = np.argsort(-weights, axis=-1, kind="stable")
-    ranked = np.take_along_axis(weights, order, axis=-1)
-    before = ranked.cumsum(axis=-1, dtype=np.float64) - ranked
-    ranked[before >= share * ranked.sum(axis=-1, keepdims=True, dtype=np.float64)] = 0
-    result = np.zeros_like(weights)
-    np.put_along_axis(result, order, ranked, axis=-1)
-    return result
 
 
 def _only_last(model: ir.Model, scores: str) -> None:

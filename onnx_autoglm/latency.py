@@ -68,7 +68,7 @@ class LatencyMeter:
         model = open_model(path)
         session = Session(model, optimize=True)
         canonical = canonicalize(open_model(path))
-        return session, _feed(session, canonical, self._sample)
+        return session, sample_feed(session, canonical, self._sample)
 
 
 def time_in_turns(
@@ -99,7 +99,7 @@ def _seconds(session: Session, feed: Arrays) -> float:
     return time.perf_counter() - started
 
 
-def _feed(session: Session, model: ir.Model, sample: Arrays | None) -> Arrays:
+def sample_feed(session: Session, model: ir.Model, sample: Arrays | None) -> Arrays:
     roles = token_roles(model)
     if roles is not None:
         shape = (roles.batch or 1, roles.length or SEQUENCE)

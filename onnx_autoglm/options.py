@@ -17,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -28,6 +27,7 @@ from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.quantization.options import QuantizationStage
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
+from onnx_autoglm.validation import validated
 
 DEFAULT_FRACTION = 0.25
 T = TypeVar("T", bound=BaseModel)
@@ -373,15 +373,7 @@ def make_options(
     model: type[T] = Options,  # type: ignore[assignment]
 ) -> T:
     """Validates options. Raises UserError with one line per mistake."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            path = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {path}: {message}" if path else f"{where}: {message}")
-        raise UserError("\n".join(lines)) from error
+    return validated(model, data, where)
 
 
 def read_config(path: Path) -> dict[str, Any]:

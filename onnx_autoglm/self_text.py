@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from onnx_autoglm.data_text import token_feeds
 from onnx_autoglm.dataset import Dataset, hash_of
-from onnx_autoglm.decode import Decoder, Sampling
+from onnx_autoglm.decode import Decoder
 from onnx_autoglm.errors import UserError
+from onnx_autoglm.sampling import Sampling
 
 NAME = "self-written"
 SAMPLING = Sampling()

@@ -11,11 +11,12 @@ import recipes
 from helpers import model
 
 from onnx_autoglm import UserError
-from onnx_autoglm.decode import Decoder, Sampling, pick
+from onnx_autoglm.decode import Decoder
 from onnx_autoglm.decode_roles import decode_roles
 from onnx_autoglm.modelfile import open_model
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.runtime import Session
+from onnx_autoglm.sampling import Sampling
 
 ROOT = Path(__file__).parents[1] / "build" / "models"
 PROMPTS = np.random.default_rng(0).integers(0, 256, (3, 4))
@@ -151,30 +152,6 @@ def test_prompts_must_be_tokens() -> None:
     for prompts in (np.zeros((2, 0), np.int64), np.array([[16]]), np.array([[-1]]), np.array([1])):
         with pytest.raises(UserError, match="prompts must be"):
             decoder.generate(prompts, 2)
-
-
-def test_draws_follow_the_scores() -> None:
-    scores = np.log(np.array([[0.1, 0.2, 0.3, 0.4]], np.float32))
-    draws = (np.arange(1000) + 0.5) / 1000
-
-    def shares(sampling: Sampling) -> list[float]:
-        return [
-            round(float(share), 2)
-            for share in np.bincount(pick(np.repeat(scores, 1000, 0), sampling, draws), minlength=4) / 1000
-        ]
-
-    assert shares(Sampling()) == [0.1, 0.2, 0.3, 0.4]
-    assert shares(Sampling(temperature=0.5)) == [0.03, 0.13, 0.3, 0.53]
-    assert shares(Sampling(top_k=2)) == [0, 0, 0.43, 0.57]
-    assert shares(Sampling(top_p=0.65)) == [0, 0, 0.43, 0.57]
-    assert shares(Sampling(top_p=0.75)) == [0, 0.22, 0.33, 0.44]
-    assert pick(scores, None, draws[:1]).tolist() == [3]
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}])
-def test_a_sampling_that_makes_no_sense(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="must be above 0"):
-        Sampling(**wrong)  # type: ignore[arg-type]
 
 
 def test_progress_is_told() -> None:

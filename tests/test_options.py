@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from onnx_autoglm import UserError
+from onnx_autoglm.bench_options import BenchOptions
+from onnx_autoglm.generate_options import GenerateOptions
 from onnx_autoglm.options import Options, collect, flags
+from onnx_autoglm.serve_options import ServeOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +27,11 @@ def test_the_documentation_is_that_of_the_code() -> None:
     )
 
 
-def test_every_option_says_what_it_does_and_has_its_own_name() -> None:
-    names = [flag.name for flag in flags()]
+@pytest.mark.parametrize("kind", [Options, GenerateOptions, ServeOptions, BenchOptions])
+def test_every_option_says_what_it_does_and_has_its_own_name(kind: type[BaseModel]) -> None:
+    names = [flag.name for flag in flags(kind)]
     assert len(set(names)) == len(names)
-    assert all(flag.field.description for flag in flags())
+    assert all(flag.field.description for flag in flags(kind))
 
 
 def test_keywords_win_over_the_file(tmp_path: Path) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args, get_origin
 
+from onnx_autoglm.bench_options import BenchOptions
+from onnx_autoglm.generate_options import GenerateOptions
 from onnx_autoglm.kinds import KINDS
 from onnx_autoglm.options import Flag, flags
+from onnx_autoglm.serve_options import ServeOptions
+
+OTHERS = {"generate": GenerateOptions, "serve": ServeOptions, "bench": BenchOptions}
 
 
 def main() -> None:
@@ -45,16 +50,26 @@ def page() -> str:
         "  tolerance: 1.0e-4",
         "```",
     ]
+    for command, kind in OTHERS.items():
+        lines += [
+            "",
+            f"# Options of `{command}`",
+            "",
+            "| command line | default | what it does |",
+            "|---|---|---|",
+        ]
+        lines += [_row(flag, yaml=False) for flag in flags(kind)]
     return "\n".join(lines) + "\n"
 
 
-def _row(flag: Flag) -> str:
+def _row(flag: Flag, *, yaml: bool = True) -> str:
     kind, default = flag.field.annotation, flag.field.default
     choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
     value = (flag.metavar or choices).replace("|", "\\|")
     name = f"`{flag.name}`" + (f" {value}" if value else "")
     shown = "" if default in (None, (), {}) else f"`{default}`"
-    return f"| {name} | `{'.'.join(flag.path)}` | {shown} | {flag.field.description} |"
+    path = f"| `{'.'.join(flag.path)}` " if yaml else ""
+    return f"| {name} {path}| {shown} | {flag.field.description} |"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.data import load_dataset
 from onnx_autoglm.data_text import token_feeds
 from onnx_autoglm.dataset import Dataset
-from onnx_autoglm.decode import Sampling
 from onnx_autoglm.evidence import Data, Evidence
 from onnx_autoglm.feed_roles import token_roles
 from onnx_autoglm.modelfile import open_model
@@ -34,6 +33,7 @@ from onnx_autoglm.passes.choose import candidates, choose
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.quality import measure
+from onnx_autoglm.sampling import Sampling
 from onnx_autoglm.self_text import write_text
 
 TEXTS = Path(__file__).parents[1] / "models" / "texts"

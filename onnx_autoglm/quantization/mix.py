@@ -10,18 +10,22 @@ from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Scheme
 
+_SUSPECTS = 24
+
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """The products that read one activation: they round it together, or not at all.
 
     `cost` is what falling back adds to the time of a run, as a share of the whole; `fallback` the scheme it falls to.
+    `error` is the relative squared error of the outputs of its products on sampled rows.
     """
 
     activation: str
     places: tuple[Place, ...]
     cost: float
     fallback: Scheme
+    error: float = 0.0
 
     @property
     def macs(self) -> int:
@@ -46,9 +50,10 @@ def mix(
 ) -> Mix:
     """The most that may be rounded with a measured divergence of at most `limit` (nats, or relative squared error).
 
-    Each activation is rounded alone first, which tells its sensitivity. Then those fall back that lower the loss most for
-    the time they cost, as few as the limit allows; how many is found by halving, each time by a measurement of all
-    together. If even none is too much, none is rounded.
+    Of the activations with the largest errors each is rounded alone first, which tells its sensitivity; that of the rest
+    follows from their errors in proportion. Then those fall back that lower the loss most for the time they cost, as few
+    as the limit allows; how many is found by halving, each time by a measurement of all together. If even none is too
+    much, none is rounded.
 
     Args:
         always: names that are rounded in any case (results of convolutions).
@@ -58,11 +63,15 @@ def mix(
     if everything.divergence <= limit:
         return Mix(frozenset(names), everything, {})
     base = rehearsal.measure(always)
+    suspects = sorted(units, key=lambda unit: -unit.error)[:_SUSPECTS]
     sensitivity = {}
-    for number, unit in enumerate(units, 1):
-        step(f"sensitivity {number} of {len(units)}: {unit.activation}")
+    for number, unit in enumerate(suspects, 1):
+        step(f"sensitivity {number} of {len(suspects)}: {unit.activation}")
         alone = rehearsal.measure([unit.activation, *always])
         sensitivity[unit.activation] = max(alone.divergence - base.divergence, 0.0)
+    ratio = sum(sensitivity.values()) / max(sum(unit.error for unit in suspects), 1e-30)
+    for unit in units:
+        sensitivity.setdefault(unit.activation, ratio * unit.error)
     order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / max(unit.cost, 1e-9))
     low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
     best = (frozenset[str](), base)

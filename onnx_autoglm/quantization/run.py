@@ -41,7 +41,7 @@ from onnx_autoglm.upcast import needs_upcast, upcast
 
 Progress = Callable[[str], None]
 PREFILL, DECODE = 128, 1  # rows at which products are timed
-_MEASURED = 4  # runs of the calibration set on which losses are measured
+_MEASURED = 3  # runs of the calibration set on which losses are measured
 _SAME = (
     1e-3  # relative difference that folding and smoothing may leave: rounding of weights that were rescaled
 )
@@ -147,7 +147,7 @@ def plan_quantization(
     if scheme in ("auto", "w8a8"):
         assert data is not None
         limit = math.log1p(options.max_loss if max_loss is None else max_loss)
-        units = _units(places, times)
+        units = _units(places, times, ranges)
         found = _mix(
             source,
             model,
@@ -168,9 +168,8 @@ def plan_quantization(
             notes.append("8-bit weights alone are as fast here as with 8-bit activations, and lose less")
             schemes = {place.node: "float" if place.op == "Conv" else "w8" for place in places}
     else:
-        schemes = {
-            place.node: "float" if place.op == "Conv" and scheme != "fp8" else scheme for place in places
-        }
+        for place in places:
+            schemes[place.node] = "float" if place.op == "Conv" else scheme
     chains = [chain for chain in chains if _is_whole(chain, chains, schemes)]
     decisions = [
         Decision(
@@ -292,17 +291,19 @@ def _by_activation(places: Sequence[Place]) -> dict[str, list[Place]]:
     return found
 
 
-def _units(places: Sequence[Place], times: dict[str, Times]) -> list[Unit]:
+def _units(places: Sequence[Place], times: dict[str, Times], ranges: dict[str, Range]) -> list[Unit]:
     """One unit per activation, with the cheapest fallback by the measured times."""
     total = sum(place.macs for place in places)
     units = []
     for name, own in _by_activation(places).items():
         if any(place.op == "Conv" for place in own):
-            units.append(Unit(name, tuple(own), sum(place.macs for place in own) / total, "float"))
+            cost = sum(place.macs for place in own) / total
+            units.append(Unit(name, tuple(own), cost, "float", ranges[name].error))
             continue
         costs = {scheme: _time(own, times, scheme, places) for scheme in ("w8", "float", "w8a8")}
         fallback: Scheme = "w8" if costs["w8"] <= costs["float"] else "float"
-        units.append(Unit(name, tuple(own), costs[fallback] - costs["w8a8"], fallback))
+        cost = costs[fallback] - costs["w8a8"]
+        units.append(Unit(name, tuple(own), cost, fallback, ranges[name].error))
     return units
 
 
