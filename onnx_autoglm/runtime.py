@@ -46,6 +46,7 @@ class Session:
         *,
         optimize: bool = False,
         threads: int | None = None,
+        prepack: bool = True,
         scratch: Path | None = None,
     ) -> None:
         """Load the model.
@@ -55,6 +56,8 @@ class Session:
             optimize: let ONNX Runtime rewrite the graph and pack weights, as a deployed session would. It
                 runs faster, but packed weights are copied into memory.
             threads: worker threads; by default ONNX Runtime's own choice.
+            prepack: whether an optimized model may copy its weights into the layout of the kernels, which doubles
+                their memory and makes runs of few rows faster.
             scratch: folder for weights that are not in a file yet.
 
         Raises:
@@ -68,6 +71,8 @@ class Session:
         ) as folder:
             skeleton, root = _skeleton(model, Path(folder) / "weights", cast_when_run=not optimize)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", root)
+            if not prepack:
+                options.add_session_config_entry("session.disable_prepacking", "1")
             try:
                 self._session = onnxruntime.InferenceSession(
                     skeleton, options, providers=["CPUExecutionProvider"]

@@ -111,6 +111,8 @@ class _Pairs:
         """Lets one operand of a node read its value through a pair."""
         value = node.inputs[operand]
         assert value is not None
+        if value in self._made.values():  # it reads through a pair already
+            return
         key = (value.name or "", is_fp8)
         if key not in self._made:
             self._made[key] = self._pair(value, self._thresholds[key[0]], is_fp8)

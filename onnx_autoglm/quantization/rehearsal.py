@@ -44,7 +44,7 @@ class Rehearsal:
         """
         self._thresholds = dict(thresholds)
         before = reference_for(source.clone(), data)
-        session = Session(_runnable(before.source), optimize=True, scratch=scratch)
+        session = Session(_runnable(before.source), optimize=True, prepack=False, scratch=scratch)
         self._feeds: list[Arrays] = []
         for count, number in enumerate(numbers, 1):
             step(f"source {count} of {len(numbers)}")
@@ -55,7 +55,9 @@ class Rehearsal:
         self._before = before
         for name in thresholds:
             _round(rounded.graph, name)
-        self._session = Session(_runnable(reference_for(rounded, data).trial), optimize=True, scratch=scratch)
+        self._session = Session(
+            _runnable(reference_for(rounded, data).trial), optimize=True, prepack=False, scratch=scratch
+        )
 
     def measure(self, chosen: Mapping[str, float] | Sequence[str]) -> Loss:
         """The loss when the chosen activations are rounded; a mapping gives thresholds of its own."""

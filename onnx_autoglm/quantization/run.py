@@ -168,8 +168,8 @@ def plan_quantization(
             notes.append("8-bit weights alone are as fast here as with 8-bit activations, and lose less")
             schemes = {place.node: "float" if place.op == "Conv" else "w8" for place in places}
     else:
-        for place in places:
-            schemes[place.node] = "float" if place.op == "Conv" else scheme
+        weights_alone: dict[str, Scheme] = {"w8": "w8", "w4": "w4", "fp8": "fp8"}
+        schemes = {place.node: "float" if place.op == "Conv" else weights_alone[scheme] for place in places}
     chains = [chain for chain in chains if _is_whole(chain, chains, schemes)]
     decisions = [
         Decision(
