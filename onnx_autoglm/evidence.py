@@ -102,6 +102,16 @@ class Data:
         assert self.calibration is not None
         return [(feed, cut_arrays(feed, plan.interfaces)) for feed in self.calibration]
 
+    def cut(self, plan: Plan) -> Data:
+        """The same data as the pruned model takes it."""
+
+        def adapt(data: Dataset | None) -> Dataset | None:
+            if data is None or not plan.interfaces:
+                return data
+            return dataclasses.replace(data, feeds=[cut_arrays(feed, plan.interfaces) for feed in data])
+
+        return Data(adapt(self.calibration), adapt(self.evaluation), self.notes)
+
     def described(self) -> dict[str, Any] | None:
         return None if self.calibration is None else _described(self.calibration)
 

@@ -12,7 +12,12 @@ from pathlib import Path
 
 from onnx_autoglm.errors import UserError
 
-_FILES = ("model.onnx.data", "model.onnx", "plan.json", "report.json")
+_FILES = (
+    *(f"{name}{end}" for name in ("model.onnx", "model.cpu.onnx", "model.trt.onnx") for end in (".data", "")),
+    "plan.json",
+    "report.json",
+    "quantization.json",
+)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from onnx_autoglm.passes.remove_blocks import chosen_blocks
 from onnx_autoglm.passes.repair_weights import repair_weights
 from onnx_autoglm.passes.swap_choice import swap_choice
 from onnx_autoglm.plan import Plan, cut_arrays, sha256
+from onnx_autoglm.quantization.pipeline import REPORT as QUANTIZATION_REPORT
+from onnx_autoglm.quantization.pipeline import quantize_into
 from onnx_autoglm.report import Inspection, Report
 from onnx_autoglm.request import (
     criterion_of,
@@ -244,6 +246,15 @@ def optimize(
                     lambda feed: cut_arrays(feed, plan.interfaces),
                 )
                 refuse_loss(quality, options)
+        quantization: dict[str, Any] = {}
+        if options.quantization.scheme != "none":
+            with clock("quantize") as effect:
+                quantized = quantize_into(
+                    staged / "model.onnx", pruned, data.cut(plan), options.quantization, staged, progress
+                )
+                quantized.write(staged / QUANTIZATION_REPORT)
+                quantization = quantized.as_json()
+                effect["products"] = len(quantized.products)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),
@@ -254,6 +265,7 @@ def optimize(
             repair={"method": repair, "consumers": repaired, "calibration": data.described()},
             quality=quality,
             budget={} if outcome is None else outcome.report,
+            quantization=quantization,
             latency={} if outcome is None or outcome.latency is None else outcome.latency,
             options={**options.model_dump(mode="json"), "fractions": fractions},
             versions=versions(),

@@ -144,6 +144,7 @@ class Report:
     repair: dict[str, Any]
     quality: dict[str, Any]
     budget: dict[str, Any]
+    quantization: dict[str, Any]
     latency: dict[str, Any]
     options: dict[str, Any]
     versions: dict[str, str]
@@ -185,6 +186,8 @@ class Report:
         if self.quality:
             for line in quality_lines(self.quality):
                 console.print(line, highlight=False, markup=False)
+        for line in quantization_lines(self.quantization):
+            console.print(line, highlight=False, markup=False)
         relative, limit = self.check["relative_difference"], self.check["tolerance"]
         console.print(
             f"masked == pruned: worst relative difference {relative:.1e} (limit {limit:.0e}); "
@@ -223,6 +226,23 @@ class Report:
             console.print(f"  {count} x {kind}: {reason}", highlight=False, markup=False)
         if len(reasons) > 12:
             console.print(f"  ... and {len(reasons) - 12} more reasons in report.json")
+
+
+def quantization_lines(quantization: dict[str, Any]) -> list[str]:
+    """What quantizing made of the result, in short; quantization.json has the rest."""
+    if not quantization:
+        return []
+    shares = ", ".join(f"{share:.1%} {scheme}" for scheme, share in quantization["share"].items())
+    lines = [f"quantized: {shares} of the multiply-adds with weights"]
+    for entry in quantization["files"].values():
+        lines.append(f"  {entry['file']}: {entry['bytes'] / 1e6:.1f} MB")
+    for regime, entry in quantization["latency"].items():
+        lines.append(
+            f"  {regime}: {entry['source_ms']:.1f} -> {entry['result_ms']:.1f} ms (x{entry['speedup']:.2f} faster)"
+        )
+    return lines + [
+        f"  {line}" for line in (quality_lines(quantization["quality"]) if quantization["quality"] else [])
+    ]
 
 
 def quality_lines(quality: dict[str, Any]) -> list[str]:

@@ -39,6 +39,8 @@ class WeightWriter:
         source = self._graph.initializers[place.initializer]
         plain = self._plain(source, place, weight, is_fp8=decision.scheme == "fp8")
         node.replace_input_with(place.operand, self._retraced(node, plain, path))
+        if self._target == "cpu":
+            _keep_apart(node)
 
     def _plain(self, source: ir.Value, place: Place, weight: Quantized, *, is_fp8: bool) -> ir.Value:
         """The dequantized weight, in the layout of the initializer."""
@@ -202,6 +204,22 @@ class WeightWriter:
         return value
 
 
+def _keep_apart(product: ir.Node) -> None:
+    """Writes the sum of a product of two matrices and a constant as Sum instead of Add: the same, but ONNX Runtime would
+    make one float Gemm of product and Add before it looks for integers."""
+    output = product.outputs[0]
+    if (
+        product.op_type != "MatMul"
+        or len(output.uses()) != 1
+        or output.shape is None
+        or len(output.shape) != 2
+    ):
+        return
+    ((user, index),) = output.uses()
+    if user.op_type == "Add" and (other := user.inputs[1 - index]) is not None and other.is_initializer():
+        user.op_type = "Sum"
+
+
 def _fp8(array: np.ndarray, scales: np.ndarray, axis: int) -> np.ndarray:
     shape = [1] * array.ndim
     shape[axis] = -1
@@ -225,7 +243,7 @@ def _as_matmul(graph: ir.Graph, gemm: ir.Node) -> ir.Node:
         _take_over(graph, gemm, product)
         return product
     added = ir.node("Add", [product.outputs[0], bias])
-    product.outputs[0].type = gemm.outputs[0].type
+    product.outputs[0].type, product.outputs[0].shape = gemm.outputs[0].type, gemm.outputs[0].shape
     graph.insert_before(gemm, product)
     product.outputs[0].name = f"{gemm.outputs[0].name}/product"
     _take_over(graph, gemm, added)

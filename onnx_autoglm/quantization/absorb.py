@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.axes.analysis import Analysis
-from onnx_autoglm.axes.dims import Atom, Dim, leaves
+from onnx_autoglm.axes.dims import Atom, Dim, leaves, size_of
 from onnx_autoglm.axes.facts import label
 from onnx_autoglm.axes.selection import Indices, coordinates, merged
 from onnx_autoglm.quantization.places import Place
@@ -217,18 +217,17 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 def _split_window(node: ir.Node, value: ir.Value, atoms: set[Atom], analysis: Analysis) -> tuple[int, int]:
     """The range of the split axis that one output holds."""
-    rank = len(analysis.values.get(value) or ())
-    axis = node.attributes.get_int("axis", 0) % max(rank, 1)
+    dims = analysis.values.get(value)
+    if not dims:
+        raise Refusal(f"the axes of {value.name} are not known")
+    axis = node.attributes.get_int("axis", 0) % len(dims)
     sizes = []
     for output in node.outputs:
-        shape = output.shape
-        size = None if shape is None else shape[axis]
+        size = size_of((analysis.values.get(output) or dims)[axis])
         if not isinstance(size, int):
             raise Refusal(f"the parts of {label(node)} have no fixed size")
         sizes.append(size)
     number = list(node.outputs).index(value)
-    dims = analysis.values[value]
-    assert dims is not None
     if not atoms & set(leaves(dims[axis])):
         raise Refusal(f"{label(node)} splits another axis")
     start = sum(sizes[:number])
