@@ -1,0 +1,34 @@
+"""Makes a graph ready for an engine builder, without changing what it computes for rows that count."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from onnx_autoglm.passes.drop_casts import drop_casts
+from onnx_autoglm.passes.fold_shapes import fold_shapes
+from onnx_autoglm.passes.remove_nan_guard import remove_nan_guard
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What was done to a graph: nodes folded, casts dropped, guards removed, and why other guards stayed."""
+
+    folded: int
+    casts: int
+    guards: int
+    kept_guards: tuple[str, ...]
+
+
+def prepare(model: ir.Model) -> Prepared:
+    """Folds constants, drops casts that cancel and removes NaN guards behind masked softmaxes, in place.
+
+    The model must be canonical.
+    """
+    folded = fold_shapes(model)
+    casts = drop_casts(model)
+    guards = remove_nan_guard(model)
+    common.RemoveUnusedNodesPass()(model)
+    return Prepared(folded, casts, guards.removed, guards.kept)
