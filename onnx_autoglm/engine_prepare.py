@@ -8,27 +8,31 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnx_autoglm.passes.drop_casts import drop_casts
+from onnx_autoglm.passes.expand_rotary import expand_rotary
 from onnx_autoglm.passes.fold_shapes import fold_shapes
 from onnx_autoglm.passes.remove_nan_guard import remove_nan_guard
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What was done to a graph: nodes folded, casts dropped, guards removed, and why other guards stayed."""
+    """What was done to a graph: nodes folded, casts dropped, rotary tables given the batch of what they rotate, guards
+    removed, and why other guards stayed."""
 
     folded: int
     casts: int
+    rotary_tables: int
     guards: int
     kept_guards: tuple[str, ...]
 
 
 def prepare(model: ir.Model) -> Prepared:
-    """Folds constants, drops casts that cancel and removes NaN guards behind masked softmaxes, in place.
+    """Applies the passes named in `Prepared`, in place.
 
     The model must be canonical.
     """
     folded = fold_shapes(model)
     casts = drop_casts(model)
+    tables = expand_rotary(model)
     guards = remove_nan_guard(model)
     common.RemoveUnusedNodesPass()(model)
-    return Prepared(folded, casts, guards.removed, guards.kept)
+    return Prepared(folded, casts, tables, guards.removed, guards.kept)

@@ -7,12 +7,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from onnx_autoglm.errors import UserError
 
-_FILES = ("model.onnx.data", "model.onnx", "plan.json", "report.json")
+ENGINE_FILES = ("model.engine", "model.engine.log", "engine.json", "build_engine.sh")
+_FILES = ("model.onnx.data", "model.onnx", "plan.json", "report.json", *ENGINE_FILES)
 
 
 @contextlib.contextmanager
@@ -54,8 +55,8 @@ def explained(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}; {fix}") from error
 
 
-def publish(staged: Path, folder: Path) -> None:
-    """Moves the finished files into place.
+def publish(staged: Path, folder: Path, names: Sequence[str] = _FILES) -> None:
+    """Moves the finished files of these names into place.
 
     A new folder appears in one step. In an existing one the old files are set aside first and come back
     if anything goes wrong, so that a model never lies beside the data or the plan of another.
@@ -67,14 +68,14 @@ def publish(staged: Path, folder: Path) -> None:
     aside = staged / "replaced"
     aside.mkdir()
     try:
-        for name in _FILES:
+        for name in names:
             if (folder / name).exists():
                 os.replace(folder / name, aside / name)
-        for name in _FILES:
+        for name in names:
             if (staged / name).exists():
                 os.replace(staged / name, folder / name)
     except BaseException:
-        for name in _FILES:
+        for name in names:
             if (aside / name).exists():
                 os.replace(aside / name, folder / name)
         raise

@@ -109,13 +109,13 @@ def _computed(node: ir.Node, arrays: list[np.ndarray | None], model: ir.Model) -
         result = ReferenceEvaluator(proto, opsets=dict(model.opset_imports)).run(None, feeds)[0]
     except Exception:  # noqa: BLE001 - what the reference does not know stays as it is
         return None
-    kind = node.outputs[0].dtype
-    return np.asarray(result) if kind is not None and np.asarray(result).dtype == kind.numpy() else None
+    array, kind = np.asarray(result), node.outputs[0].dtype
+    return array if kind is None or array.dtype == kind.numpy() else None
 
 
 def _replace(node: ir.Node, array: np.ndarray, graph: ir.Graph) -> None:
     old = node.outputs[0]
-    name, kind = old.name or "", old.dtype or ir.DataType.INT64
+    name, kind = old.name or "", old.dtype or ir.DataType.from_numpy(array.dtype)
     tensor = ir.Tensor(array, dtype=kind, name=name)
     constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind), const_value=tensor)
     ir.convenience.replace_all_uses_with(old, constant)
