@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from onnx_autoglm.engine import build
+    from onnx_autoglm.engine_options import EngineOptions
+    from onnx_autoglm.engine_report import EngineReport
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
@@ -18,12 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckFailed",
+    "EngineOptions",
+    "EngineReport",
     "Evaluation",
     "Inspection",
     "Options",
     "Report",
     "Sweep",
     "UserError",
+    "build",
     "check",
     "evaluate",
     "inspect",
@@ -32,6 +38,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "build": "onnx_autoglm.engine",
+    "EngineOptions": "onnx_autoglm.engine_options",
+    "EngineReport": "onnx_autoglm.engine_report",
     "check": "onnx_autoglm.pipeline",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",

@@ -104,22 +104,48 @@ def build_into(
     if monitor.cancelled:
         raise KeyboardInterrupt
     if engine is None:
-        raise UserError(f"{backend.described} cannot build the engine: {log.reason('it gives no reason')}")
+        raise UserError(_failure(backend, log, options))
     (folder / name).write_bytes(memoryview(engine))
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache)
     (folder / f"{name}.log").write_text("\n".join(log.lines) + "\n")
     _remove_graph(folder, graph)
     targets = _targets(backend, config)
-    report = EngineReport(
+    report = _report(plan, source, name, options, backend.name, gpu)
+    report.plan = {"file": name, "sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
+    report.backend["version"] = backend.version
+    report.backend["compute_capabilities"] = targets or ([] if gpu is None else [gpu.compute_capability])
+    report.seconds = round(time.perf_counter() - started, 2)
+    report.notes = notes
+    report.write(folder / NAME)
+    return report
+
+
+def describe(
+    name: str, source: Path, options: EngineOptions, backend: str, reason: str, progress: Progress
+) -> EngineReport:
+    """What `build` would do, without an engine: profiles and commands for another machine.
+
+    Raises UserError if the model cannot be read or its sizes cannot be told.
+    """
+    plan = _plan_of(modelfile.open_model(source), options, progress)
+    report = _report(plan, source, name, options, backend, device())
+    report.reason = reason
+    return report
+
+
+def _report(
+    plan: _Plan, source: Path, name: str, options: EngineOptions, backend: str, gpu: Device | None
+) -> EngineReport:
+    return EngineReport(
         source={"file": source.name, "sha256": sha256(source)},
-        plan={"file": name, "sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size},
+        plan=None,
         reason="",
         backend={
-            "name": backend.name,
-            "package": MODULES[backend.name].replace("_", "-"),
-            "version": backend.version,
-            "compute_capabilities": targets if gpu is None or targets else [gpu.compute_capability],
+            "name": backend,
+            "package": MODULES[backend].replace("_", "-"),
+            "version": None,
+            "compute_capabilities": list(options.compute_capability),
         },
         device=None if gpu is None else dataclasses.asdict(gpu),
         profiles=[profile.as_json() for profile in plan.profiles],
@@ -128,13 +154,11 @@ def build_into(
         prepared=dataclasses.asdict(plan.prepared),
         options=options.model_dump(mode="json"),
         command=build_command(source.name, name, options),
-        trtexec=trtexec_line(source.name, name, options, plan.profiles, backend.name),
-        seconds=round(time.perf_counter() - started, 2),
+        trtexec=trtexec_line(source.name, name, options, plan.profiles, backend),
+        seconds=0.0,
         versions=versions(),
-        notes=notes,
+        notes=plan.notes,
     )
-    report.write(folder / NAME)
-    return report
 
 
 @dataclasses.dataclass
@@ -161,8 +185,11 @@ def _plan_of(model: ir.Model, options: EngineOptions, progress: Progress) -> _Pl
     profiles = profiles_for(model, options)
     inputs = signature([value for value in model.graph.inputs if value.name not in model.graph.initializers])
     outputs = signature(list(model.graph.outputs))
-    prepared = Prepared(0, 0, 0, 0, ()) if options.prepare is False else prepare(model)
-    notes = [f"a NaN guard behind a softmax stays, which may keep attention unfused: {g}" for g in prepared.kept_guards]
+    prepared = Prepared(0, 0, 0, 0, 0, ()) if options.prepare is False else prepare(model)
+    notes = [
+        f"a NaN guard behind a softmax stays, which may keep attention unfused: {g}"
+        for g in prepared.kept_guards
+    ]
     if prepared.guards:
         notes.append(
             f"{prepared.guards} NaN guards removed: rows that may attend to nothing (padding) hold other numbers than in "
@@ -195,6 +222,14 @@ def _targets(backend: Backend, config: Any) -> list[str]:
     return [f"{kind[2:-1]}.{kind[-1]}" for kind in kinds if kind.startswith("SM")]
 
 
+def _failure(backend: Backend, log: BuildLog, options: EngineOptions) -> str:
+    message = f"{backend.described} cannot build the engine: {log.reason('it gives no reason')}"
+    if any("OutOfMemory" in error for error in log.errors):
+        fix = "lower the largest sizes (--batch, --sequence, --past)"
+        return f"{message}; {fix}" + (", or raise --workspace" if options.workspace is not None else "")
+    return message
+
+
 def _refuse_too_large(model: ir.Model, options: EngineOptions, backend: Backend, gpu: Device | None) -> None:
     needed = modelfile.weight_bytes(model)
     if gpu is None or backend.name == "rtx" or options.weight_streaming or needed <= gpu.memory:
@@ -211,7 +246,11 @@ def _refuse_other_engine(target: Path) -> None:
     if not path.exists():
         return
     described = read_engine_report(path).plan
-    if described is not None and described["file"] != target.name and path.with_name(described["file"]).exists():
+    if (
+        described is not None
+        and described["file"] != target.name
+        and path.with_name(described["file"]).exists()
+    ):
         raise UserError(
             f"{path} describes {described['file']}, which is there: write {target.name} into another folder"
         )

@@ -70,7 +70,9 @@ def find_backend(choice: str) -> Backend:
             return _load(name)
         except UserError as error:
             problems[name] = str(error)
-    found = "; ".join(f"{name}: {problem}" for name, problem in problems.items() if problem != "not installed")
+    found = "; ".join(
+        f"{name}: {problem}" for name, problem in problems.items() if problem != "not installed"
+    )
     if choice == "auto":
         hint = f"{EXTRAS['rtx']} (builds without a GPU) or {EXTRAS['tensorrt']}"
     else:
@@ -83,7 +85,7 @@ def _load(name: str) -> Backend:
         raise UserError("polygraphy is missing")
     try:
         trt = importlib.import_module(MODULES[name])
-    except Exception as error:  # noqa: BLE001 - missing libraries, or a driver that is too old, in many forms
+    except Exception as error:  # missing libraries, or a driver that is too old, in many forms
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{MODULES[name]} cannot be loaded ({reason})") from error
     version = str(trt.__version__)

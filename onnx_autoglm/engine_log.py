@@ -38,6 +38,7 @@ def plain(message: str) -> str:
         text = "no operator and no plugin of this name"
     if text in ("", "false"):
         text = "not supported"
+    text = re.sub(r"^\[[\w.]+\.(?:cpp|h)::[\w:]+\] ", "", text)
     text = re.sub(r"^(?:\[?\w+\.(?:cpp|h)[:\d]*\]?[: ]*)+", "", text)
     text = re.sub(r"Error Code \d+: ", "", text)
     text = re.sub(r"^Invalid Node - \S+ ", "", text)
@@ -48,7 +49,7 @@ def plain(message: str) -> str:
 def logger_for(trt: Any, log: BuildLog) -> Any:
     """A logger for the backend that writes into `log`; it must outlive what is made with it."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -62,7 +63,7 @@ def logger_for(trt: Any, log: BuildLog) -> Any:
 def monitor_for(trt: Any, progress: Progress) -> Any:
     """A progress monitor of the backend. `cancelled` says that the user interrupted it, which stops the build."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.cancelled = False

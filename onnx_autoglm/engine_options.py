@@ -121,7 +121,7 @@ class EngineOptions(BaseModel):
     )
     compute_capability: tuple[str, ...] = Field(
         default=(),
-        description="GPUs to build for, such as 8.9 (rtx). By default all that the backend knows.",
+        description="GPUs to build for, such as 8.9 (rtx). By default the backend's own choice, which is portable.",
         json_schema_extra=_flag("--compute-capability", "X.Y"),
     )
     prepare: bool | None = Field(
@@ -191,6 +191,30 @@ def engine_options(given: dict[str, Any]) -> EngineOptions:
             for item in error.errors()
         ]
         raise UserError("\n".join(lines)) from error
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts, with the names of the flags of `build`, as keywords; repeated ones as a tuple.
+
+    Raises UserError if a text has another form.
+    """
+    given: dict[str, Any] = {}
+    switches = {flag.keyword for flag in flags(EngineOptions) if "bool" in str(flag.field.annotation)}
+    for text in texts:
+        name, is_pair, value = text.partition("=")
+        keyword = name.strip().removeprefix("--").replace("-", "_")
+        if keyword in switches:
+            if value.strip().lower() not in ("", "true", "false"):
+                raise UserError(f"{text!r}: {name} is true or false")
+            given[keyword] = value.strip().lower() != "false"
+        elif not is_pair:
+            raise UserError(f"{text!r}: write NAME=VALUE, as in past=1:512:4096")
+        elif keyword in given:
+            before = given[keyword]
+            given[keyword] = (*(before if isinstance(before, tuple) else (before,)), value)
+        else:
+            given[keyword] = value
+    return given
 
 
 def command_line(options: EngineOptions) -> list[str]:

@@ -94,10 +94,9 @@ def _ranges(
     for symbol, role in _meanings(model, roles):
         size = {"sequence": sequence, "past": past, "total": _sum(past, sequence)}[role]
         ranges.setdefault(symbol, size)
-    for symbol in (plan.batch, *plan.leading):
-        if symbol is not None:
-            ranges[symbol] = batch
-    return ranges
+    for symbol in plan.leading:
+        ranges.setdefault(symbol, batch)
+    return ranges if plan.batch is None else {**ranges, plan.batch: batch}
 
 
 def _sum(a: Range, b: Range) -> Range:
@@ -114,7 +113,11 @@ def _meanings(model: ir.Model, roles: TokenRoles | None) -> Iterator[tuple[str, 
     for value in fed_inputs(model):
         # A mask covers past and new tokens, a position belongs to a new one. Expressions of both follow by themselves.
         grows = value.name in roles.masks and bool(roles.past_symbols)
-        if value.name in (*roles.masks, *roles.positions) and value.shape is not None and len(value.shape) > 1:
+        if (
+            value.name in (*roles.masks, *roles.positions)
+            and value.shape is not None
+            and len(value.shape) > 1
+        ):
             yield from ((symbol, "total" if grows else "sequence") for symbol in _symbols(value, -1))
 
 

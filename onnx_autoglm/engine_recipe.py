@@ -69,6 +69,6 @@ if command -v onnx-autoglm >/dev/null 2>&1; then
 elif command -v {tool} >/dev/null 2>&1; then
     exec {trtexec}
 fi
-echo "neither onnx-autoglm nor {tool} is installed: {EXTRAS[backend].replace(chr(39), '')}" >&2
+echo "neither onnx-autoglm nor {tool} is installed: {EXTRAS[backend].replace(chr(39), "")}" >&2
 exit 1
 """

@@ -46,12 +46,10 @@ class EngineReport:
         """What the user should see at the end."""
         if self.plan is None:
             return [f"no engine: {self.reason}", *(f"note: {note}" for note in self.notes)]
-        shown = [
-            f"engine {self.plan['file']}: {self.plan['bytes']:,} bytes, {self.backend['package']} "
-            f"{self.backend['version']}, profiles {', '.join(p['name'] for p in self.profiles)}, "
-            f"{self.seconds:.1f} s"
-        ]
-        return [*shown, *(f"note: {note}" for note in self.notes)]
+        names = ", ".join(profile["name"] for profile in self.profiles)
+        made = f"engine {self.plan['file']}: {self.plan['bytes']:,} bytes, {self.seconds:.1f} s"
+        shown = f"{made}, {self.backend['package']} {self.backend['version']}, profiles: {names}"
+        return [shown, *(f"note: {note}" for note in self.notes)]
 
 
 def read_engine_report(path: Path) -> EngineReport:

@@ -18,6 +18,7 @@ from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import consumers_of, normed_values
 from onnx_autoglm.cut import analyse, apply_selection
+from onnx_autoglm.engine_stage import add_engine
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.evidence import OBSERVING, Data, Evidence, score, wants_self_text
 from onnx_autoglm.feed_files import load_feeds
@@ -226,6 +227,9 @@ def optimize(
                     lambda feed: cut_arrays(feed, plan.interfaces),
                 )
                 refuse_loss(quality, options)
+        if options.engine != "none":
+            with clock("engine"):
+                notes += add_engine(staged, options, progress)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),

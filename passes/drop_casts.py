@@ -32,25 +32,28 @@ def _same_as(node: ir.Node) -> ir.Value | None:
     """The value that a cast returns unchanged, if it does."""
     if not _is_cast(node) or node.inputs[0] is None:
         return None
-    value = node.inputs[0]
-    target = ir.DataType(node.attributes.get_int("to", 0))
-    if value.dtype == target:
-        return value
+    value, target = node.inputs[0], _target(node)
     inner = value.producer()
-    if inner is None or not _is_cast(inner) or inner.inputs[0] is None:
-        return None
-    source = inner.inputs[0]
-    if source.dtype == target and value.dtype is not None and holds(value.dtype, target):
-        return source
-    return None
+    is_cast = inner is not None and _is_cast(inner)
+    kind = _target(inner) if inner is not None and is_cast else value.dtype
+    if kind == target:
+        return value
+    source = inner.inputs[0] if inner is not None and is_cast else None
+    return source if source is not None and source.dtype == target and holds(kind, target) else None
+
+
+def _target(cast: ir.Node) -> ir.DataType:
+    return ir.DataType(cast.attributes.get_int("to", 0))
 
 
 def _is_cast(node: ir.Node) -> bool:
     return node.op_type == "Cast" and node.domain == ""
 
 
-def holds(wide: ir.DataType, own: ir.DataType) -> bool:
-    """Whether every number of `own` is one of `wide` as well."""
+def holds(wide: ir.DataType | None, own: ir.DataType) -> bool:
+    """Whether every number of `own` is one of `wide` as well; of an unknown type nothing is said."""
+    if wide is None:
+        return False
     if own == ir.DataType.BOOL:
         return wide.is_integer() or wide.is_floating_point()
     if own in _FLOATS:
@@ -64,10 +67,12 @@ def holds(wide: ir.DataType, own: ir.DataType) -> bool:
 
 def _drop_unread(model: ir.Model) -> int:
     """Removes the inner casts that nothing reads any more."""
-    dropped = 0
-    for node in list(model.graph.all_nodes()):
-        if _is_cast(node) and node.graph is not None and not node.outputs[0].is_graph_output():
-            if not list(node.outputs[0].uses()):
-                node.graph.remove(node, safe=True)
-                dropped += 1
-    return dropped
+    unread = [
+        node
+        for node in model.graph.all_nodes()
+        if _is_cast(node) and not node.outputs[0].is_graph_output() and not node.outputs[0].uses()
+    ]
+    for node in unread:
+        assert node.graph is not None
+        node.graph.remove(node, safe=True)
+    return len(unread)

@@ -43,7 +43,7 @@ def _expand(table: ir.Value, data: ir.Value, node: ir.Node, graph: ir.Graph) -> 
     shape = ir.node("Concat", [batch.outputs[0], ones], {"axis": 0}, name=f"{name}_shape")
     expand = ir.node("Expand", [table, shape.outputs[0]], name=name)
     result = expand.outputs[0]
-    result.name, result.dtype = name, table.dtype
+    result.name, result.type = name, table.type
     result.shape = ir.Shape([data.shape[0], *table.shape[1:]])
     batch.outputs[0].name, shape.outputs[0].name = f"{name}_batch", f"{name}_shape"
     graph.insert_before(node, [batch, shape, expand])

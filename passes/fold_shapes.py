@@ -106,7 +106,8 @@ def _computed(node: ir.Node, arrays: list[np.ndarray | None], model: ir.Model) -
     proto.input.extend(names)
     feeds: dict[str, Any] = {name: array for name, array in zip(names, arrays, strict=True) if name}
     try:
-        result = ReferenceEvaluator(proto, opsets=dict(model.opset_imports)).run(None, feeds)[0]
+        evaluator: Any = ReferenceEvaluator(proto, opsets=dict(model.opset_imports))
+        result = evaluator.run(None, feeds)[0]
     except Exception:  # noqa: BLE001 - what the reference does not know stays as it is
         return None
     array, kind = np.asarray(result), node.outputs[0].dtype

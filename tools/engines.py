@@ -32,7 +32,9 @@ def main() -> None:
             rows.append(attempt(model))
             row = rows[-1]
             result = row["reason"] or f"{row['bytes']:,} bytes"
-            print(f"{row['name']:36} {row['source_bytes']:>13,} {row['seconds']:6.1f} s  {result}", flush=True)
+            print(
+                f"{row['name']:36} {row['source_bytes']:>13,} {row['seconds']:6.1f} s  {result}", flush=True
+            )
     good = sum(not row["reason"] for row in rows)
     print(f"{good} of {len(rows)} parsed and serialized, {sum(row['seconds'] for row in rows):.0f} s")
     if given.json:
