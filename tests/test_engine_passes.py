@@ -186,7 +186,11 @@ def test_a_guard_in_half_precision_stays_finite() -> None:
     text = GUARDED.format(masked="masked = Add(scores, mask)").replace("float", "float16")
     source = model(text, weights={name: np.array(value, np.float16) for name, value in CONSTANTS.items()})
     half = np.float16
-    feeds = {"q": np.full((2, 4, 8), 10, half), "k": np.full((2, 8, 6), -10, half), "v": np.ones((2, 6, 8), half)}
+    feeds = {
+        "q": np.full((2, 4, 8), 10, half),
+        "k": np.full((2, 8, 6), -10, half),
+        "v": np.ones((2, 6, 8), half),
+    }
     feeds["attend"] = np.zeros((2, 4, 6), bool)
     assert remove_nan_guard(source).removed == 1
     assert np.isfinite(run(source, feeds)["y"]).all()
