@@ -18,6 +18,7 @@ from onnx_autoglm.engine_config import (
     load_timing_cache,
     save_timing_cache,
 )
+from onnx_autoglm.engine_fit import refuse_misfit
 from onnx_autoglm.engine_log import BuildLog, logger_for, monitor_for
 from onnx_autoglm.engine_network import parse, refuse_opset
 from onnx_autoglm.engine_options import EngineOptions, engine_options
@@ -183,6 +184,7 @@ def _plan_of(model: ir.Model, options: EngineOptions, progress: Progress) -> _Pl
     nodes = model.graph.num_nodes() + len(model.functions)
     canonicalize(model)
     profiles = profiles_for(model, options)
+    refuse_misfit(model, profiles)
     inputs = signature([value for value in model.graph.inputs if value.name not in model.graph.initializers])
     outputs = signature(list(model.graph.outputs))
     prepared = Prepared(0, 0, 0, 0, 0, ()) if options.prepare is False else prepare(model)
@@ -224,7 +226,7 @@ def _targets(backend: Backend, config: Any) -> list[str]:
 
 def _failure(backend: Backend, log: BuildLog, options: EngineOptions) -> str:
     message = f"{backend.described} cannot build the engine: {log.reason('it gives no reason')}"
-    if any("OutOfMemory" in error for error in log.errors):
+    if any("OutOfMemory" in error or "workspace limit" in error for error in log.errors):
         fix = "lower the largest sizes (--batch, --sequence, --past)"
         return f"{message}; {fix}" + (", or raise --workspace" if options.workspace is not None else "")
     return message
