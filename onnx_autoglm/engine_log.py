@@ -42,7 +42,8 @@ def plain(message: str) -> str:
     text = re.sub(r"^(?:\[?\w+\.(?:cpp|h)[:\d]*\]?[: ]*)+", "", text)
     text = re.sub(r"Error Code \d+: ", "", text)
     text = re.sub(r"^Invalid Node - \S+ ", "", text)
-    text = re.sub(r" In op at \S+\.(?:cpp|h):\d+", "", text)
+    text = re.sub(r"\s*\bIn [\w:~()]+ at \S+\.(?:cpp|h):\d+", "", text)
+    text = re.sub(r"\(\s*\((.*)\)\)$", r"(\1)", text)
     return text if len(text) <= 400 else text[:400] + "..."
 
 
