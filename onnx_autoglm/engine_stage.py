@@ -34,9 +34,8 @@ def add_engine(folder: Path, options: Options, progress: Callable[[str], None]) 
         return []
     model = folder / "model.onnx"
     chosen = engine_options({**parse_settings(options.engine_options), "backend": options.engine})
-    target = (
-        "tensorrt" if options.engine == "auto" else options.engine
-    )  # what a GPU machine is likely to have
+    # Where nothing is installed the recipe is for what a GPU machine is likely to have.
+    target: str = "tensorrt" if options.engine == "auto" else options.engine
     try:
         backend, gpu = find_backend(chosen.backend), device()
         target = backend.name
@@ -54,7 +53,7 @@ def add_engine(folder: Path, options: Options, progress: Callable[[str], None]) 
     except UserError as error:  # the sizes that it should take are not known: there is nothing to repeat
         return [f"no engine and no recipe: {error}"]
     _write_recipe(folder, report)
-    return [f"no engine was built ({reason}); {SCRIPT} builds it where that is possible"]
+    return [f"no engine was built ({reason}); {SCRIPT} tries it again, here or on another machine"]
 
 
 def _write_recipe(folder: Path, report: EngineReport) -> None:
