@@ -23,6 +23,15 @@ def test_the_documentation_is_that_of_the_code() -> None:
     )
 
 
+def test_the_documentation_of_build_is_that_of_the_code() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/options.py", "engine"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (ROOT / "docs/engine-options.md").read_text(), (
+        "run: python tools/options.py engine > docs/engine-options.md"
+    )
+
+
 def test_every_option_says_what_it_does_and_has_its_own_name() -> None:
     names = [flag.name for flag in flags()]
     assert len(set(names)) == len(names)

@@ -1,15 +1,32 @@
-"""Writes docs/options.md from the definition of the options: `python tools/options.py > docs/options.md`."""
+"""Writes docs/options.md (and with `engine` docs/engine-options.md) from the definition of the options: `python tools/options.py > docs/options.md`."""
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, get_args, get_origin
 
+from onnx_autoglm.engine_options import EngineOptions
 from onnx_autoglm.kinds import KINDS
 from onnx_autoglm.options import Flag, flags
 
 
 def main() -> None:
-    print(page(), end="")
+    print(engine_page() if sys.argv[1:] == ["engine"] else page(), end="")
+
+
+def engine_page() -> str:
+    """The options of `build` as Markdown."""
+    lines = [
+        "# Options of `build`",
+        "",
+        "Written by `tools/options.py engine` from `onnx_autoglm/engine_options.py`. `onnx_autoglm.build(...)` takes the",
+        "same names without the dashes, and so does `--engine-option NAME=VALUE` of `optimize`.",
+        "",
+        "| command line | default | what it does |",
+        "|---|---|---|",
+        *(_row(flag, with_path=False) for flag in flags(EngineOptions)),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def page() -> str:
@@ -48,13 +65,14 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(flag: Flag) -> str:
+def _row(flag: Flag, *, with_path: bool = True) -> str:
     kind, default = flag.field.annotation, flag.field.default
     choices = "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
     value = (flag.metavar or choices).replace("|", "\\|")
     name = f"`{flag.name}`" + (f" {value}" if value else "")
     shown = "" if default in (None, (), {}) else f"`{default}`"
-    return f"| {name} | `{'.'.join(flag.path)}` | {shown} | {flag.field.description} |"
+    path = f" `{'.'.join(flag.path)}` |" if with_path else ""
+    return f"| {name} |{path} {shown} | {flag.field.description} |"
 
 
 if __name__ == "__main__":
