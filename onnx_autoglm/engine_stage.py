@@ -6,36 +6,33 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.engine import build_into, describe
 from onnx_autoglm.engine_backend import device, find_backend, refuse_unavailable
+from onnx_autoglm.engine_choice import EngineChoice
 from onnx_autoglm.engine_options import engine_options, parse_settings
 from onnx_autoglm.engine_recipe import build_script
 from onnx_autoglm.engine_report import NAME, EngineReport
 from onnx_autoglm.errors import UserError
 
-if TYPE_CHECKING:
-    from onnx_autoglm.options import Options
-
 ENGINE, SCRIPT = "model.engine", "build_engine.sh"
 
 
-def add_engine(folder: Path, options: Options, progress: Callable[[str], None]) -> list[str]:
-    """Builds `model.engine` from the `model.onnx` in a folder, if `options.engine` asks for one.
+def add_engine(folder: Path, choice: EngineChoice, progress: Callable[[str], None]) -> list[str]:
+    """Builds `model.engine` from the `model.onnx` in a folder, if the choice asks for one.
 
     Where that cannot be done here (no backend, no GPU for an option that needs one, a node that the backend does not
     know), `engine.json` says why and `build_engine.sh` builds it on another machine. Never raises for such a reason.
 
     Returns the lines that the user should see.
     """
-    if options.engine == "none":
+    if choice.build == "none":
         return []
     model = folder / "model.onnx"
-    chosen = engine_options({**parse_settings(options.engine_options), "backend": options.engine})
+    chosen = engine_options({**parse_settings(choice.options), "backend": choice.build})
     # Where nothing is installed the recipe is for what a GPU machine is likely to have.
-    target: str = "tensorrt" if options.engine == "auto" else options.engine
+    target: str = "tensorrt" if choice.build == "auto" else choice.build
     try:
         backend, gpu = find_backend(chosen.backend), device()
         target = backend.name

@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from onnx_autoglm.engine_choice import EngineChoice
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
@@ -298,40 +299,7 @@ class Options(_Options):
         default=None,
         description="Write weights to model.onnx.data. By default above 1 GB, or when the source has such a file.",
     )
-    engine: Literal["none", "auto", "tensorrt", "rtx"] = Field(
-        default="none",
-        description="Also build model.engine with TensorRT or TensorRT-RTX (auto: what is installed). Where that is "
-        "not possible, engine.json and build_engine.sh are written, which build it elsewhere.",
-    )
-    engine_options: tuple[str, ...] = Field(
-        default=(),
-        description="An option of build for that engine, without dashes, for example past=1:512:4096. Repeatable.",
-        json_schema_extra=_flag("--engine-option", "NAME=VALUE"),
-    )
-
-    @field_validator("engine_options", mode="before")
-    @classmethod
-    def _as_settings(cls, value: Any) -> Any:
-        """One text, several, or (in YAML and Python) a mapping."""
-        if isinstance(value, dict):
-            return tuple(
-                f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in value.items()
-            )
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("engine_options")
-    @classmethod
-    def _engine_knows_them(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        from onnx_autoglm.engine_options import engine_options, parse_settings
-
-        try:
-            given = parse_settings(value)
-            if "backend" in given:
-                raise UserError("the backend is the value of --engine")
-            engine_options(given)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        return value
+    engine: EngineChoice = EngineChoice()
 
 
 @dataclasses.dataclass(frozen=True)

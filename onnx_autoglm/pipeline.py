@@ -227,9 +227,9 @@ def optimize(
                     lambda feed: cut_arrays(feed, plan.interfaces),
                 )
                 refuse_loss(quality, options)
-        if options.engine != "none":
+        if options.engine.build != "none":
             with clock("engine"):
-                notes += add_engine(staged, options, progress)
+                notes += add_engine(staged, options.engine, progress)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),

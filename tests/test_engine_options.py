@@ -83,7 +83,7 @@ def test_the_options_of_the_stage_in_optimize() -> None:
         "prepare": False,
     }
     options = collect({"engine": "auto", "engine_option": {"past": "1:2:3", "refit": True}})
-    assert options.engine_options == ("past=1:2:3", "refit=true")
+    assert options.engine.options == ("past=1:2:3", "refit=true")
     with pytest.raises(UserError, match="rise"):
         collect({"engine_option": ("past=3:2:1",)})
     with pytest.raises(UserError, match="value of --engine"):
