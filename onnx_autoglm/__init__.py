@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from onnx_autoglm.bench_options import BenchOptions
     from onnx_autoglm.bench_report import Bench
     from onnx_autoglm.bench_run import bench
+    from onnx_autoglm.engine import build
+    from onnx_autoglm.engine_options import EngineOptions
+    from onnx_autoglm.engine_report import EngineReport
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.generate import Generated, Generator
     from onnx_autoglm.options import Options
@@ -27,6 +30,8 @@ __all__ = [
     "Bench",
     "BenchOptions",
     "CheckFailed",
+    "EngineOptions",
+    "EngineReport",
     "Evaluation",
     "Generated",
     "Generator",
@@ -38,6 +43,7 @@ __all__ = [
     "Sweep",
     "UserError",
     "bench",
+    "build",
     "check",
     "evaluate",
     "inspect",
@@ -53,6 +59,9 @@ _HOMES = {
     "Generated": "onnx_autoglm.generate",
     "Generator": "onnx_autoglm.generate",
     "Sampling": "onnx_autoglm.sampling",
+    "build": "onnx_autoglm.engine",
+    "EngineOptions": "onnx_autoglm.engine_options",
+    "EngineReport": "onnx_autoglm.engine_report",
     "check": "onnx_autoglm.pipeline",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",

@@ -13,6 +13,7 @@ import click
 
 from onnx_autoglm.cli_run import bench, generate, serve
 from onnx_autoglm.cli_shared import console, option_of, progress_line
+from onnx_autoglm.engine_options import EngineOptions, engine_options
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.options import TOLERANCE, DataOptions, Options, collect, flags
 from onnx_autoglm.quantization.options import QuantizationOptions
@@ -56,6 +57,7 @@ def cli() -> None:
     onnx-autoglm optimize model.onnx -o out    a smaller model, a plan and a report
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
     onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
+    onnx-autoglm build out/model.onnx -o out/model.engine    a TensorRT engine
     onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
     onnx-autoglm quantize model.onnx -o out --calib text.txt
     onnx-autoglm generate model.onnx --prompt "The capital of France is"
@@ -228,6 +230,35 @@ def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
         click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
         found.print(console(sys.stdout))
+
+
+@cli.command(params=[option_of(flag) for flag in flags(EngineOptions)])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The engine file to write.  [default: MODEL's name + .engine]",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def build(model: Path, output: Path | None, quiet: bool, **given: Any) -> None:
+    """Build a TensorRT engine from MODEL, which has to be in the precision that the engine is to have.
+
+    Writes the engine, engine.json (what it is and how to build it again) and a log, or nothing. Engines run on the kind
+    of GPU that they are built for; TensorRT-RTX builds without a GPU.
+
+    \b
+    Examples:
+      onnx-autoglm build model.onnx -o model.engine
+      onnx-autoglm build model.onnx -o model.engine --batch 1:4:16 --sequence 1:256:4096 --past 1:1024:4096
+      onnx-autoglm build model.onnx -o model.engine --backend rtx --compute-capability 8.9
+    """
+    from onnx_autoglm.engine import build as run
+
+    with progress_line(quiet) as progress:
+        report = run(model, output or model.with_suffix(".engine"), engine_options(given), progress=progress)
+    if not quiet:
+        click.echo("\n".join(report.lines()))
 
 
 class _Sweep(click.Command):

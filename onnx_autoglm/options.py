@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from onnx_autoglm.criterion_names import BUILT_IN, CriterionOption
+from onnx_autoglm.engine_choice import EngineChoice
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.quantization.options import QuantizationStage
@@ -305,6 +306,7 @@ class Options(_Options):
         default=None,
         description="Write weights to model.onnx.data. By default above 1 GB, or when the source has such a file.",
     )
+    engine: EngineChoice = EngineChoice()
 
 
 @dataclasses.dataclass(frozen=True)

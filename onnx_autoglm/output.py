@@ -12,11 +12,13 @@ from pathlib import Path
 
 from onnx_autoglm.errors import UserError
 
+ENGINE_FILES = ("model.engine", "model.engine.log", "engine.json", "build_engine.sh")
 _FILES = (
     *(f"{name}{end}" for name in ("model.onnx", "model.cpu.onnx", "model.trt.onnx") for end in (".data", "")),
     "plan.json",
     "report.json",
     "quantization.json",
+    *ENGINE_FILES,
 )
 
 
@@ -60,7 +62,7 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 def publish(staged: Path, folder: Path, names: Sequence[str] = _FILES) -> None:
-    """Moves the finished files into place.
+    """Moves the finished files of these names into place.
 
     A new folder appears in one step. In an existing one the old files are set aside first and come back
     if anything goes wrong, so that a model never lies beside the data or the plan of another.

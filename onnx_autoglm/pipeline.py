@@ -19,6 +19,7 @@ from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import normed_values
 from onnx_autoglm.criteria import score
 from onnx_autoglm.cut import analyse, apply_selection
+from onnx_autoglm.engine_stage import add_engine
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.evidence import Data, Evidence
 from onnx_autoglm.feed_files import load_feeds
@@ -255,6 +256,9 @@ def optimize(
                 quantized.write(staged / QUANTIZATION_REPORT)
                 quantization = quantized.as_json()
                 effect["products"] = len(quantized.products)
+        if options.engine.build != "none":
+            with clock("engine"):
+                notes += add_engine(staged, options.engine, progress)
         report = Report(
             source=before,
             result=figures(pruned, folder / "model.onnx", after_flops, cut.model.graph.num_nodes()),

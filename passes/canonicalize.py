@@ -27,12 +27,12 @@ def canonicalize(model: ir.Model) -> ir.Model:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
-    if any(True for _ in model.graph.subgraphs()) and not _has_sequences(model):
+    if any(True for _ in model.graph.subgraphs()) and not has_sequences(model):
         # What a body returns has no rule of ours; without a declared rank all that follows is unknown.
         common.ShapeInferencePass()(model)
     return model
 
 
-def _has_sequences(model: ir.Model) -> bool:
+def has_sequences(model: ir.Model) -> bool:
     """Shape inference gives sequences the type of tensors, which is worse than no shapes."""
     return any("Sequence" in node.op_type for node in model.graph.all_nodes())

@@ -11,8 +11,10 @@ from pydantic import BaseModel
 
 from onnx_autoglm import UserError
 from onnx_autoglm.bench_options import BenchOptions
+from onnx_autoglm.engine_options import EngineOptions
 from onnx_autoglm.generate_options import GenerateOptions
 from onnx_autoglm.options import Options, collect, flags
+from onnx_autoglm.quantization.options import QuantizationOptions
 from onnx_autoglm.serve_options import ServeOptions
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,9 @@ def test_the_documentation_is_that_of_the_code() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [Options, GenerateOptions, ServeOptions, BenchOptions])
+@pytest.mark.parametrize(
+    "kind", [Options, QuantizationOptions, EngineOptions, GenerateOptions, ServeOptions, BenchOptions]
+)
 def test_every_option_says_what_it_does_and_has_its_own_name(kind: type[BaseModel]) -> None:
     names = [flag.name for flag in flags(kind)]
     assert len(set(names)) == len(names)

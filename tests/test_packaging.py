@@ -15,7 +15,7 @@ import pytest
 tomllib = pytest.importorskip("tomllib")  # new in Python 3.11
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ["torch", "transformers", "tensorrt", "onnxruntime"]
+HEAVY = ["torch", "transformers", "tensorrt", "tensorrt_rtx", "polygraphy", "onnxruntime"]
 
 
 def _modules(folder: str, name: str) -> set[str]:
@@ -103,7 +103,7 @@ def test_help_is_light():
 def test_all_runtime_dependencies_are_pinned_in_the_constraints():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    installed = ("dev", "export", "bench", "eval", "images", "plot", "polygraphy")
+    installed = ("dev", "export", "bench", "eval", "images", "plot", "polygraphy", "rtx")
     wanted = project["dependencies"] + [one for extra in installed for one in extras[extra]]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}

@@ -5,12 +5,20 @@ from __future__ import annotations
 from typing import Literal, get_args, get_origin
 
 from onnx_autoglm.bench_options import BenchOptions
+from onnx_autoglm.engine_options import EngineOptions
 from onnx_autoglm.generate_options import GenerateOptions
 from onnx_autoglm.kinds import KINDS
 from onnx_autoglm.options import Flag, flags
+from onnx_autoglm.quantization.options import QuantizationOptions
 from onnx_autoglm.serve_options import ServeOptions
 
-OTHERS = {"generate": GenerateOptions, "serve": ServeOptions, "bench": BenchOptions}
+OTHERS = {
+    "quantize": QuantizationOptions,
+    "build": EngineOptions,
+    "generate": GenerateOptions,
+    "serve": ServeOptions,
+    "bench": BenchOptions,
+}
 
 
 def main() -> None:
