@@ -1,0 +1,224 @@
+"""Writes a precision plan into a graph: types, constants and the casts between parts of different types."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm.cast_tensor import cast_tensor
+from onnx_autoglm.op_kinds import bodies, is_constant, is_float
+from onnx_autoglm.precision_islands import TYPE_OF_OUTPUT, Islands
+
+_SUFFIX = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+
+
+class Rewriter:
+    """Applies `Islands` to a model in place.
+
+    Every value has one type where it is made; who wants another reads a Cast that all such readers share.
+    """
+
+    def __init__(self, model: ir.Model, islands: Islands, interface: dict[str, ir.DataType]) -> None:
+        """Args: `interface` has the type of every float input and output of the model."""
+        self._model = model
+        self._islands = islands
+        self._interface = interface
+        self._names = {value.name for graph in model.graphs() for value in _values(graph)}
+        self._owners = {body: node for node in model.graph.all_nodes() for body in bodies(node)}
+        self._types: dict[ir.Value, ir.DataType] = {}  # what a float value will be
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def apply(self) -> None:
+        """Rewrites constants, inserts casts, and sets all types."""
+        graphs = list(self._model.graphs())
+        for graph in graphs:
+            self._type(graph, is_main=graph is self._model.graph)
+        for graph in graphs:
+            for node in list(graph):
+                for index, value in enumerate(node.inputs):
+                    if is_float(value) and value is not None and value not in self._casts.values():
+                        wanted = self._islands.reads(node, index)
+                        node.replace_input_with(index, self._as(value, wanted))
+        for graph in graphs:
+            self._outputs(graph)
+        for value, dtype in self._types.items():
+            _set_dtype(value, dtype)
+        for node in list(self._model.graph.all_nodes()):
+            _set_attribute(node)
+
+    def _type(self, graph: ir.Graph, *, is_main: bool) -> None:
+        for value in graph.inputs:
+            if is_float(value):
+                self._types[value] = self._interface[value.name or ""] if is_main else ir.DataType.FLOAT
+        for node in graph:
+            for index, value in enumerate(node.outputs):
+                if is_float(value):
+                    self._types[value] = self._islands.makes(node, index)
+
+    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        """The value itself if it has that type, or what holds it in that type."""
+        own = self._types.get(value, ir.DataType.FLOAT)
+        if wanted == own:
+            return value
+        if (value, wanted) not in self._casts:
+            self._casts[value, wanted] = (
+                self._constant(value, wanted) if is_constant(value) else self._cast(value, wanted)
+            )
+        return self._casts[value, wanted]
+
+    def _constant(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        """A copy of an initializer in another type; the original goes if nobody reads it any more."""
+        assert value.const_value is not None and value.graph is not None
+        copy = ir.Value(name=self._name(value, wanted), const_value=cast_tensor(value.const_value, wanted))
+        copy.dtype, copy.shape = wanted, value.const_value.shape  # type: ignore[assignment]
+        value.graph.register_initializer(copy)  # type: ignore[union-attr]
+        return copy
+
+    def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        """A Cast right behind the value; from what the value was cast from, if that was no float."""
+        producer, source = value.producer(), value
+        if producer is not None and producer.op_type == "Cast":
+            before = producer.inputs[0]
+            assert before is not None
+            if before.dtype is not None and before.dtype.is_integer():
+                source = before
+        cast = ir.node("Cast", [source], {"to": int(wanted)})
+        result = cast.outputs[0]
+        result.name, result.shape = self._name(value, wanted), value.shape
+        result.dtype = wanted
+        graph = value.graph
+        assert isinstance(graph, ir.Graph)
+        if producer is not None:
+            graph.insert_after(producer, cast)
+        elif len(graph):
+            graph.insert_before(graph[0], cast)
+        else:
+            graph.append(cast)
+        return result
+
+    def _outputs(self, graph: ir.Graph) -> None:
+        """Gives what a graph returns the type that is expected of it."""
+        owner = self._owners.get(graph)
+        for index, value in enumerate(graph.outputs):
+            if not is_float(value):
+                continue
+            if owner is None:
+                wanted = self._interface[value.name or ""]
+            else:
+                wanted = self._islands.makes(owner, index) if owner.op_type == "If" else ir.DataType.FLOAT
+            if self._types.get(value, ir.DataType.FLOAT) == wanted:
+                continue
+            graph.outputs[index] = self._returned(graph, value, wanted)
+
+    def _returned(self, graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        """What is returned in place of a value of another type, under the name of that value."""
+        result = self._as(value, wanted)
+        if value.graph is not graph or result.graph is not graph:  # from around the body
+            return result
+        name, other = value.name, result.name
+        value.name = None
+        result.name = name
+        value.name = other
+        return result
+
+    def _name(self, value: ir.Value, dtype: ir.DataType) -> str:
+        name = base = f"{value.name}/{_SUFFIX[dtype]}"
+        number = 2
+        while name in self._names:
+            name, number = f"{base}/{number}", number + 1
+        self._names.add(name)
+        return name
+
+
+def drop_float_casts(model: ir.Model) -> int:
+    """Takes casts from float32 to float32 (what is left of casts between float types) out of a model, in place.
+
+    Returns how many. A CastLike to float32 becomes a Cast, or goes as well.
+    """
+    count = 0
+    for graph in list(model.graphs()):
+        for node in list(graph):
+            source = node.inputs[0] if node.inputs else None
+            if node.domain or source is None or node.op_type not in ("Cast", "CastLike") or not is_float(node.outputs[0]):
+                continue
+            if not is_float(source):
+                if node.op_type == "CastLike":
+                    _as_cast(graph, node)
+                continue
+            output = node.outputs[0]
+            if output.is_graph_output() and (source.is_graph_input() or source.is_graph_output() or is_constant(source)):
+                continue
+            if output.is_graph_output() and source.graph is not graph:
+                continue
+            name = output.name if output.is_graph_output() else None
+            ir.convenience.replace_all_uses_with(output, source, replace_graph_outputs=True)
+            graph.remove(node)
+            if name is not None:
+                source.name = name
+            count += 1
+    return count
+
+
+def _as_cast(graph: ir.Graph, node: ir.Node) -> None:
+    cast = ir.node("Cast", [node.inputs[0]], {"to": int(ir.DataType.FLOAT)}, name=node.name)
+    new, old = cast.outputs[0], node.outputs[0]
+    graph.insert_before(node, cast)
+    name, new.type, new.shape = old.name, old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    graph.remove(node)
+    new.name = name
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    return [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+
+
+def _set_dtype(value: ir.Value, dtype: ir.DataType) -> None:
+    if isinstance(value.type, ir.SequenceType | ir.OptionalType):
+        value.type = type(value.type)(ir.TensorType(dtype))
+    else:
+        value.type = ir.TensorType(dtype)
+
+
+def _set_attribute(node: ir.Node) -> None:
+    """Makes the attribute that says what a node makes agree with the type of its output."""
+    name = TYPE_OF_OUTPUT.get(node.op_type)
+    if name is None or node.domain or not node.outputs:
+        return
+    dtype = node.outputs[0].dtype
+    if dtype not in _SUFFIX:
+        return
+    if name != "value":
+        node.attributes[name] = ir.AttrInt64(name, int(dtype))
+        return
+    attribute = node.attributes.get(name)
+    tensor = attribute.as_tensor() if attribute is not None else ir.tensor(np.zeros(1, np.float32))
+    node.attributes[name] = ir.AttrTensor(name, cast_tensor(tensor, dtype))
+
+
+def count_casts(model: ir.Model) -> dict[str, int]:
+    """Casts between float types in a model, and how many of them undo one before.
+
+    `cancelling` counts casts back to the type that a value had before an earlier cast, with nothing between the two
+    but operators that move numbers.
+    """
+    from onnx_autoglm.op_kinds import LAYOUT
+
+    floats = [node for node in model.graph.all_nodes() if node.op_type == "Cast" and _is_between_floats(node)]
+    cancelling = 0
+    for node in floats:
+        source = node.inputs[0]
+        producer = None if source is None else source.producer()
+        while producer is not None and producer.op_type in LAYOUT and not bodies(producer):
+            source = producer.inputs[0]
+            producer = None if source is None else source.producer()
+        if producer in floats and producer is not None:
+            first = producer.inputs[0]
+            cancelling += first is not None and first.dtype == node.outputs[0].dtype
+    return {"casts": len(floats), "cancelling": cancelling}
+
+
+def _is_between_floats(node: ir.Node) -> bool:
+    source = node.inputs[0]
+    types = (None if source is None else source.dtype, node.outputs[0].dtype)
+    return all(dtype in _SUFFIX for dtype in types)
