@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.cast_tensor import cast_tensor
-from onnx_autoglm.op_kinds import bodies, is_constant, is_float
+from onnx_autoglm.op_kinds import LAYOUT, bodies, is_constant, is_float
 from onnx_autoglm.precision_islands import TYPE_OF_OUTPUT, Islands
 
 _SUFFIX = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -197,25 +197,31 @@ def _set_attribute(node: ir.Node) -> None:
 
 
 def count_casts(model: ir.Model) -> dict[str, int]:
-    """Casts between float types in a model, and how many of them undo one before.
+    """Casts between float types, how many of them undo one before, and how many are made twice.
 
-    `cancelling` counts casts back to the type that a value had before an earlier cast, with nothing between the two
-    but operators that move numbers.
+    `cancelling` counts casts of a cast back to the type from before it, `detours` those with nothing in between but
+    operators that move numbers, `repeated` casts of one value to one type beyond the first.
     """
-    from onnx_autoglm.op_kinds import LAYOUT
-
-    floats = [node for node in model.graph.all_nodes() if node.op_type == "Cast" and _is_between_floats(node)]
-    cancelling = 0
+    floats = {node for node in model.graph.all_nodes() if node.op_type == "Cast" and _is_between_floats(node)}
+    counts = {"casts": len(floats), "cancelling": 0, "detours": 0, "repeated": 0}
+    seen = set()
     for node in floats:
-        source = node.inputs[0]
-        producer = None if source is None else source.producer()
-        while producer is not None and producer.op_type in LAYOUT and not bodies(producer):
-            source = producer.inputs[0]
-            producer = None if source is None else source.producer()
-        if producer in floats and producer is not None:
+        key = node.inputs[0], node.outputs[0].dtype
+        counts["repeated"] += key in seen
+        seen.add(key)
+        producer, moved = _producer(node), False
+        while producer is not None and producer.op_type in LAYOUT:
+            producer, moved = _producer(producer), True
+        if producer is not None and producer in floats:
             first = producer.inputs[0]
-            cancelling += first is not None and first.dtype == node.outputs[0].dtype
-    return {"casts": len(floats), "cancelling": cancelling}
+            assert first is not None
+            counts["detours" if moved else "cancelling"] += first.dtype == node.outputs[0].dtype
+    return counts
+
+
+def _producer(node: ir.Node) -> ir.Node | None:
+    source = node.inputs[0] if node.inputs else None
+    return None if source is None else source.producer()
 
 
 def _is_between_floats(node: ir.Node) -> bool:

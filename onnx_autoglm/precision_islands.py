@@ -9,12 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.cast_tensor import largest
-from onnx_autoglm.op_kinds import bodies, inputs_of, is_constant, is_float, is_pointwise, node_name
+from onnx_autoglm.op_kinds import LAYOUT, bodies, inputs_of, is_constant, is_float, is_pointwise
 from onnx_autoglm.op_types import Signature, signature
 from onnx_autoglm.precision_ranges import Format
 from onnx_autoglm.precision_roles import LOGITS, score_nodes, sensitive_nodes
 
 BODY = "inside a control-flow body, whose numbers cannot be measured"
+CACHE = "a cache that comes and goes in float32"
 BETWEEN = "between parts in float32"
 SMALL_BYTES = 4096
 
@@ -81,6 +82,7 @@ def find_islands(
     kind: Format,
     ranges: Mapping[str, float] | None,
     *,
+    interface: Mapping[str, ir.DataType],
     scores: ir.Value | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Islands:
@@ -91,6 +93,7 @@ def find_islands(
         kind: the 16-bit format.
         ranges: the largest magnitude of every float value (`observe_ranges`); None where all that a float32 can
             be fits the format. With ranges, bodies of control flow stay in float32, as nothing measures them.
+        interface: the type of every float input and output that the result will have.
         scores: an output whose numbers are to be made in float32.
         step: told what is being read.
     """
@@ -111,6 +114,8 @@ def find_islands(
             reason = reason or BODY
         if reason:
             wide.setdefault(node, reason)
+    for node in _handed_through(model.graph, interface):
+        wide.setdefault(node, CACHE)
     for graph in model.graphs():
         _tie_sequences(graph, wide)
         _fill(graph, wide)
@@ -189,6 +194,17 @@ def _scales_fit(node: ir.Node, kind: Format) -> bool:
     rounded = exact.astype(np.float32).astype(kind.dtype.numpy()).astype(np.float64)
     epsilon = node.attributes.get_float("epsilon", 1e-5) or 1e-5
     return bool(np.all(np.abs(np.sqrt((exact + epsilon) / (rounded + epsilon)) - 1) <= 2 * kind.roundoff))
+
+
+def _handed_through(graph: ir.Graph, interface: Mapping[str, ir.DataType]) -> Iterator[ir.Node]:
+    """Nodes that add to a float32 input and return it: one cast of the whole cache less in float32."""
+    for node in graph:
+        ends = [value for value in inputs_of(node) if value.is_graph_input()]
+        ends_out = [value for value in node.outputs if value.is_graph_output()]
+        wide_in = any(interface.get(value.name or "") == ir.DataType.FLOAT for value in ends)
+        wide_out = any(interface.get(value.name or "") == ir.DataType.FLOAT for value in ends_out)
+        if node.op_type in LAYOUT and not node.domain and wide_in and wide_out:
+            yield node
 
 
 def _tie_sequences(graph: ir.Graph, wide: dict[ir.Node, str]) -> None:

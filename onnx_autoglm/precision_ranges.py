@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_autoglm.cast_tensor import largest
 from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.op_kinds import LAYOUT, is_constant, is_float
-from onnx_autoglm.runtime import Session
+from onnx_autoglm.runtime import Session, compare
 
 _ORDER = frozenset("Softmax LogSoftmax Attention MultiHeadAttention GroupQueryAttention TopK ArgMax Exp".split())
 _CARRY = LAYOUT | {"Where", "Mul", "Add", "Sub", "Cast", "CastLike", "ConstantOfShape"}
@@ -45,24 +45,29 @@ BFLOAT16 = Format(ir.DataType.BFLOAT16, (2 - 2.0**-7) * 2.0**127, 2.0**-126, 2.0
 
 def observe_ranges(
     model: ir.Model, feeds: Iterable[Arrays], step: Callable[[str], None] = lambda _: None
-) -> tuple[dict[str, float], list[Arrays]]:
-    """The largest finite magnitude of every float value of the graph (bodies apart), and what each feed gave.
+) -> dict[str, float]:
+    """The largest finite magnitude of every float value of the graph (bodies apart) over all feeds.
 
-    ONNX Runtime reduces each value to one number as it goes, so nothing but the outputs is kept.
+    ONNX Runtime reduces each value to one number as it goes, so no value is kept.
     """
     probed = model.clone()
-    outputs = [value.name or "" for value in probed.graph.outputs]
     probes = _add_probes(probed)
-    session = Session(probed)
     ranges = dict.fromkeys(probes.values(), 0.0)
-    results = []
+    if not probes:
+        return ranges
+    session = Session(probed)
     for number, feed in enumerate(feeds, 1):
         step(f"ranges, run {number}")
-        found = session.run(feed)
-        results.append({name: found[name] for name in outputs})
+        found = session.run(feed, list(probes))
         for probe, name in probes.items():
             ranges[name] = max(ranges[name], float(found[probe]))
-    return ranges, results
+    return ranges
+
+
+def same_outputs(first: ir.Model, second: ir.Model, feeds: Iterable[Arrays], tolerance: float) -> bool:
+    """Whether two models give the same outputs on all feeds, to a relative tolerance."""
+    sessions = Session(first), Session(second)
+    return all(compare(*(session.run(feed) for session in sessions)).relative <= tolerance for feed in feeds)
 
 
 def _add_probes(model: ir.Model) -> dict[str, str]:

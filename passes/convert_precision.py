@@ -25,14 +25,15 @@ from onnx_autoglm.precision_ranges import (
     clamp_masks,
     observe_ranges,
     restore_masks,
+    same_outputs,
 )
-from onnx_autoglm.runtime import compare
 from onnx_autoglm.scores import any_scores, class_scores, token_scores
 from onnx_autoglm.upcast import HALF_TYPES, upcast
 
 FORMATS = {"fp16": FLOAT16, "bf16": BFLOAT16}
 _BF16_OPSET = 22  # the first in which convolutions and pooling know bfloat16
 _SAME = 1e-4  # what a mask that is moved may change: nothing but rounding
+_FEW = 4  # feeds on which that is checked
 
 Progress = Callable[[str], None]
 
@@ -55,8 +56,8 @@ class PrecisionReport:
     """What a conversion did.
 
     `nodes` counts those that make floats, `low` those in 16 bits, `islands` those in float32 by reason (with the first
-    node of each), `masks` the constants that were moved into range, `casts` the casts between float types in the
-    result and `cancelling` those that undo another. `largest` are the values of largest magnitude that were measured.
+    node of each), `masks` the constants that were moved into range, `casts` to `repeated` the casts between float types
+    in the result (`count_casts`). `largest` are the values of largest magnitude that were measured.
     """
 
     precision: str
@@ -68,6 +69,8 @@ class PrecisionReport:
     masks: list[str]
     casts: int
     cancelling: int
+    detours: int
+    repeated: int
     largest: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -89,7 +92,8 @@ def convert_precision(
     Args:
         model: the model; it stays as it is.
         options: what to convert to.
-        feeds: inputs on which the range of every value is measured, of the source's types. float16 needs them.
+        feeds: inputs on which the range of every value is measured, of the source's types. float16 needs them; for
+            bfloat16, which holds whatever a float32 can be, they only check that moved masks are still masks.
         progress: told which step runs.
 
     Raises:
@@ -100,23 +104,17 @@ def convert_precision(
     result = _float32(model)
     if kind is BFLOAT16 and _is_too_old(result, kind):
         result = _float32(raise_opset(result, _BF16_OPSET))
-    masks = clamp_masks(result, kind)
+    measured = None if feeds is None else [_as_float32(feed) for feed in feeds]
+    if kind is FLOAT16 and not measured:
+        raise UserError("float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH")
+    masks = _move_masks(result, kind, measured)
     ranges = None
-    if feeds is not None:
-        feeds = [_as_float32(feed) for feed in feeds]
-        ranges, after = observe_ranges(result, feeds, progress)
-        if masks and not _agree(_float32(model), feeds, after):
-            restore_masks(masks)
-            masks = {}
-            ranges, _ = observe_ranges(result, feeds, progress)
-    elif kind is FLOAT16:
-        raise UserError("float16 overflows at 65,504, so its ranges must be measured: pass data with --calib PATH")
+    if kind is FLOAT16 and measured is not None:
+        ranges = observe_ranges(result, measured, progress)
     scores = _scores(result) if options.keep_logits else None
-    islands = find_islands(
-        result, kind, ranges if kind is FLOAT16 else None, scores=scores, step=progress
-    )
     if scores is not None:
         interface[scores.name or ""] = ir.DataType.FLOAT
+    islands = find_islands(result, kind, ranges, interface=interface, scores=scores, step=progress)
     report = _report(result, options, islands, masks, ranges)
     if not report.low:
         first = report.islands[0] if report.islands else {"reason": "it holds no float32 numbers"}
@@ -184,18 +182,14 @@ def _is_too_old(model: ir.Model, kind: Format) -> bool:
     return False
 
 
-def _agree(source: ir.Model, feeds: Iterable[Arrays], after: list[Arrays]) -> bool:
-    """Whether the source gives the outputs that it gave with its masks moved."""
-    _, before = observe_ranges_off(source, feeds)
-    return all(compare(a, b).relative <= _SAME for a, b in zip(before, after, strict=True))
-
-
-def observe_ranges_off(source: ir.Model, feeds: Iterable[Arrays]) -> tuple[None, list[Arrays]]:
-    """The outputs alone."""
-    from onnx_autoglm.runtime import Session
-
-    session = Session(source)
-    return None, [session.run(feed) for feed in feeds]
+def _move_masks(model: ir.Model, kind: Format, feeds: list[Arrays] | None) -> dict[Any, ir.TensorProtocol]:
+    """Moves masks into range, in place, unless that shows in the outputs; returns what was moved."""
+    before = model.clone()
+    masks = clamp_masks(model, kind)
+    if masks and feeds and not same_outputs(before, model, feeds[:_FEW], _SAME):
+        restore_masks(masks)
+        return {}
+    return masks
 
 
 def _scores(model: ir.Model) -> ir.Value:
@@ -229,5 +223,7 @@ def _report(
         masks=[place.name or "" if isinstance(place, ir.Value) else node_name(place) for place in masks],
         casts=0,
         cancelling=0,
+        detours=0,
+        repeated=0,
         largest=dict(top),
     )
