@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
+    from onnx_autoglm.convert import Conversion, convert
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckFailed",
+    "Conversion",
     "Evaluation",
     "Inspection",
     "Options",
@@ -25,6 +27,7 @@ __all__ = [
     "Sweep",
     "UserError",
     "check",
+    "convert",
     "evaluate",
     "inspect",
     "optimize",
@@ -33,6 +36,8 @@ __all__ = [
 
 _HOMES = {
     "check": "onnx_autoglm.pipeline",
+    "convert": "onnx_autoglm.convert",
+    "Conversion": "onnx_autoglm.convert",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",
     "inspect": "onnx_autoglm.pipeline",

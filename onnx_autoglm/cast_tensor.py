@@ -27,8 +27,10 @@ class CastTensor(ir.LazyTensor):
 
     def tofile(self, file: BinaryIO) -> None:
         """Write the little-endian bytes a chunk at a time, so that memory stays flat."""
-        for chunk in chunks(self.source):
-            file.write(np.ascontiguousarray(_cast(chunk, self.dtype)).view(np.uint8).data)
+        file.writelines(
+            np.ascontiguousarray(_cast(chunk, self.dtype)).view(np.uint8).data
+            for chunk in chunks(self.source)
+        )
 
 
 def cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.TensorProtocol:

@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from onnx_autoglm.convert_options import ConvertOptions
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import TOLERANCE, Flag, collect, flags
+from onnx_autoglm.options import TOLERANCE, Flag, collect, collect_as, flags
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
 
@@ -56,6 +57,7 @@ def cli() -> None:
     onnx-autoglm check model.onnx out/plan.json out/model.onnx
     onnx-autoglm eval out/model.onnx --data text.txt --reference model.onnx
     onnx-autoglm sweep model.onnx --keep 0.9 0.8 0.7 -o out --eval text.txt
+    onnx-autoglm convert model.onnx -o out --precision fp16
     """
 
 
@@ -210,6 +212,30 @@ def evaluate(model: Path, as_json: bool, quiet: bool, **given: Any) -> None:
         click.echo(json.dumps(found.as_json(), indent=1, allow_nan=False))
     else:
         found.print(_console(sys.stdout))
+
+
+@cli.command(params=[_option(flag) for flag in flags(ConvertOptions)])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def convert(model: Path, output: Path, quiet: bool, **given: Any) -> None:
+    """Convert MODEL to float16 or bfloat16, with parts in float32 where 16 bits do not do, and compare both.
+
+    Writes model.onnx (+ model.onnx.data) and report.json into the output folder, or nothing.
+
+    \b
+    Examples:
+      onnx-autoglm convert model.onnx -o out --precision fp16
+      onnx-autoglm convert model.onnx -o out --precision fp16 --calib text.txt --eval other.txt
+      onnx-autoglm convert model.onnx -o out --precision bf16 --io-precision bf16 --keep-logits-fp32
+    """
+    from onnx_autoglm.convert import convert as run
+
+    with _progress(quiet) as progress:
+        report = run(model, output, collect_as(ConvertOptions, given), progress=progress)
+    if not quiet:
+        report.print(_console(sys.stdout))
+        click.echo(f"written to {output}")
 
 
 class _Sweep(click.Command):

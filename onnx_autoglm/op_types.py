@@ -50,7 +50,7 @@ def signature(node: ir.Node, opsets: Sequence[tuple[str, int]]) -> Signature | N
     return _runtime_signatures().get((node.domain, node.op_type))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _onnx_signature(domain: str, op_type: str, version: int) -> Signature | None:
     try:
         schema = onnx.defs.get_schema(op_type, version, domain)

@@ -24,7 +24,9 @@ def raise_opset(model: ir.Model, opset: int) -> ir.Model:
             continue
         weights[name] = tensor
         shape = ir.Shape(tensor.shape.numpy())
-        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+        value.const_value = ir.ExternalTensor(
+            "weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name
+        )
     try:
         proto = onnx.version_converter.convert_version(ir.serde.serialize_model(stripped), opset)
     except Exception as error:  # whatever the converter makes of an operator that it cannot convert

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -28,6 +28,7 @@ from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
 
 DEFAULT_FRACTION = 0.25
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Options(BaseModel):
@@ -337,7 +338,12 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
     Raises:
         UserError: an unknown keyword or a value that is not allowed.
     """
-    known = {flag.keyword: flag for flag in flags()}
+    return collect_as(Options, given, config)
+
+
+def collect_as(model: type[Model], given: Mapping[str, Any], config: Path | str | None = None) -> Model:
+    """The same for the options of another command."""
+    known = {flag.keyword: flag for flag in flags(model)}
     data = {} if config is None else read_config(Path(config))
     for keyword, value in given.items():
         if keyword not in known:
@@ -353,13 +359,17 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
             target[section] = dict(inner)
             target = target[section]
         target[name] = value
-    return make_options(data, str(config) if config else "options")
+    return _validated(model, data, str(config) if config else "options")
 
 
 def make_options(data: dict[str, Any], where: str) -> Options:
     """Validates options. Raises UserError with one line per mistake."""
+    return _validated(Options, data, where)
+
+
+def _validated(model: type[Model], data: dict[str, Any], where: str) -> Model:
     try:
-        return Options.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         lines = []
         for item in error.errors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 
@@ -70,7 +72,7 @@ class Rewriter:
         """A copy of an initializer in another type; the original goes if nobody reads it any more."""
         assert value.const_value is not None and value.graph is not None
         copy = ir.Value(name=self._name(value, wanted), const_value=cast_tensor(value.const_value, wanted))
-        copy.dtype, copy.shape = wanted, value.const_value.shape  # type: ignore[assignment]
+        copy.dtype, copy.shape = wanted, value.const_value.shape
         value.graph.register_initializer(copy)  # type: ignore[union-attr]
         return copy
 
@@ -139,14 +141,21 @@ def drop_float_casts(model: ir.Model) -> int:
     for graph in list(model.graphs()):
         for node in list(graph):
             source = node.inputs[0] if node.inputs else None
-            if node.domain or source is None or node.op_type not in ("Cast", "CastLike") or not is_float(node.outputs[0]):
+            if (
+                node.domain
+                or source is None
+                or node.op_type not in ("Cast", "CastLike")
+                or not is_float(node.outputs[0])
+            ):
                 continue
             if not is_float(source):
                 if node.op_type == "CastLike":
                     _as_cast(graph, node)
                 continue
             output = node.outputs[0]
-            if output.is_graph_output() and (source.is_graph_input() or source.is_graph_output() or is_constant(source)):
+            if output.is_graph_output() and (
+                source.is_graph_input() or source.is_graph_output() or is_constant(source)
+            ):
                 continue
             if output.is_graph_output() and source.graph is not graph:
                 continue
@@ -196,27 +205,36 @@ def _set_attribute(node: ir.Node) -> None:
     node.attributes[name] = ir.AttrTensor(name, cast_tensor(tensor, dtype))
 
 
-def count_casts(model: ir.Model) -> dict[str, int]:
-    """Casts between float types, how many of them undo one before, and how many are made twice.
+@dataclasses.dataclass(frozen=True)
+class CastCounts:
+    """Casts between float types in a model.
 
-    `cancelling` counts casts of a cast back to the type from before it, `detours` those with nothing in between but
-    operators that move numbers, `repeated` casts of one value to one type beyond the first.
+    `all` of them; `cancelling`: casts of a cast back to the type from before it; `detours`: the same with nothing in
+    between but operators that move numbers; `repeated`: casts of one value to one type beyond the first.
     """
+
+    all: int
+    cancelling: int
+    detours: int
+    repeated: int
+
+
+def count_casts(model: ir.Model) -> CastCounts:
+    """Counts the casts between float types, bodies included."""
     floats = {node for node in model.graph.all_nodes() if node.op_type == "Cast" and _is_between_floats(node)}
-    counts = {"casts": len(floats), "cancelling": 0, "detours": 0, "repeated": 0}
-    seen = set()
+    distinct = {(node.inputs[0], node.outputs[0].dtype) for node in floats}
+    cancelling = detours = 0
     for node in floats:
-        key = node.inputs[0], node.outputs[0].dtype
-        counts["repeated"] += key in seen
-        seen.add(key)
         producer, moved = _producer(node), False
         while producer is not None and producer.op_type in LAYOUT:
             producer, moved = _producer(producer), True
         if producer is not None and producer in floats:
             first = producer.inputs[0]
             assert first is not None
-            counts["detours" if moved else "cancelling"] += first.dtype == node.outputs[0].dtype
-    return counts
+            back = first.dtype == node.outputs[0].dtype
+            cancelling += back and not moved
+            detours += back and moved
+    return CastCounts(len(floats), cancelling, detours, len(floats) - len(distinct))
 
 
 def _producer(node: ir.Node) -> ir.Node | None:

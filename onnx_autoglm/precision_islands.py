@@ -131,7 +131,9 @@ def _obstacle(node: ir.Node, own: Signature | None, kind: Format, opsets: Mappin
     if _branches(node) or not any(is_float(value) for value in (*node.inputs, *node.outputs)):
         return ""
     if own is None or bodies(node):
-        return f"{node.op_type} is known in float32 only" if own is None else f"values carried by {node.op_type}"
+        return (
+            f"{node.op_type} is known in float32 only" if own is None else f"values carried by {node.op_type}"
+        )
     made = next((index for index, value in enumerate(node.outputs) if is_float(value)), None)
     read = next((index for index, value in enumerate(node.inputs) if is_float(value)), None)
     if made is not None and read is None and node.op_type not in TYPE_OF_OUTPUT:
@@ -145,7 +147,11 @@ def _obstacle(node: ir.Node, own: Signature | None, kind: Format, opsets: Mappin
 def _inputs_allowed(node: ir.Node, own: Signature, kind: Format) -> bool:
     """Whether all float inputs of the same type variable as an output may have the format."""
     made = {own.output(index) for index, value in enumerate(node.outputs) if is_float(value)}
-    return all(own.allows(own.input(i), kind.dtype) for i, v in enumerate(node.inputs) if is_float(v) and own.input(i) in made)
+    return all(
+        own.allows(own.input(i), kind.dtype)
+        for i, v in enumerate(node.inputs)
+        if is_float(v) and own.input(i) in made
+    )
 
 
 def _misfit(node: ir.Node, kind: Format, ranges: Mapping[str, float] | None) -> str:
@@ -164,7 +170,7 @@ def _misfit(node: ir.Node, kind: Format, ranges: Mapping[str, float] | None) -> 
             if index in _ADDED.get(node.op_type, ()) and value.const_value.size > 1:
                 least = 0.0  # small beside what it is added to
         elif ranges is not None and value.name in ranges:
-            size, what, top = ranges[value.name], "value", kind.limit
+            size, what, top = ranges[value.name or ""], "value", kind.limit
         else:
             continue
         if size > top:
@@ -228,7 +234,8 @@ def _fill(graph: ir.Graph, wide: dict[ir.Node, str]) -> None:
     open_nodes = {node for node in nodes if node not in wide and is_pointwise(node)}
     while open_nodes:
         region, stack = set(), [open_nodes.pop()]
-        before, after = set(), set()
+        before: set[ir.Node] = set()
+        after: set[ir.Node] = set()
         while stack:
             node = stack.pop()
             region.add(node)
@@ -258,5 +265,6 @@ def _neighbours(node: ir.Node) -> Iterator[tuple[ir.Node, str]]:
 def _holds_table(node: ir.Node) -> bool:
     """Whether a node reads a weight that is worth halving."""
     return any(
-        is_float(value) and value.const_value is not None and value.const_value.nbytes > SMALL_BYTES for value in inputs_of(node)
+        is_float(value) and value.const_value is not None and value.const_value.nbytes > SMALL_BYTES
+        for value in inputs_of(node)
     )

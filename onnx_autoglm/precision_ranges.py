@@ -13,7 +13,9 @@ from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.op_kinds import LAYOUT, is_constant, is_float
 from onnx_autoglm.runtime import Session, compare
 
-_ORDER = frozenset("Softmax LogSoftmax Attention MultiHeadAttention GroupQueryAttention TopK ArgMax Exp".split())
+_ORDER = frozenset(
+    "Softmax LogSoftmax Attention MultiHeadAttention GroupQueryAttention TopK ArgMax Exp".split()
+)
 _CARRY = LAYOUT | {"Where", "Mul", "Add", "Sub", "Cast", "CastLike", "ConstantOfShape"}
 
 

@@ -91,7 +91,9 @@ def _positions(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     float16 counts to 2048 and bfloat16 to 256, so positions and the angles made of them need more.
     """
     pointwise: set[ir.Value] = set()  # made of integers, each by itself
-    angles: set[ir.Value] = {v for node in nodes for v in inputs_of(node) if v.is_graph_input() and is_float(v)}
+    angles: set[ir.Value] = {
+        v for node in nodes for v in inputs_of(node) if v.is_graph_input() and is_float(v)
+    }
     found: set[ir.Node] = set()
     for node in nodes:
         floats = [value for value in inputs_of(node) if is_float(value) and not is_constant(value)]

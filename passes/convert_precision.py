@@ -12,11 +12,11 @@ from onnx_ir.passes import common
 
 from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.op_kinds import PRODUCTS, is_constant, is_float, node_name
+from onnx_autoglm.op_kinds import PRODUCTS, is_float, node_name
 from onnx_autoglm.op_types import signature
 from onnx_autoglm.opset import raise_opset
 from onnx_autoglm.passes.canonicalize import canonicalize
-from onnx_autoglm.precision_casts import Rewriter, count_casts, drop_float_casts
+from onnx_autoglm.precision_casts import CastCounts, Rewriter, count_casts, drop_float_casts
 from onnx_autoglm.precision_islands import Islands, find_islands
 from onnx_autoglm.precision_ranges import (
     BFLOAT16,
@@ -56,8 +56,8 @@ class PrecisionReport:
     """What a conversion did.
 
     `nodes` counts those that make floats, `low` those in 16 bits, `islands` those in float32 by reason (with the first
-    node of each), `masks` the constants that were moved into range, `casts` to `repeated` the casts between float types
-    in the result (`count_casts`). `largest` are the values of largest magnitude that were measured.
+    node of each), `masks` the constants that were moved into range, `casts` the casts in the
+    result. `largest` are the values of largest magnitude that were measured.
     """
 
     precision: str
@@ -67,10 +67,7 @@ class PrecisionReport:
     low: int
     islands: list[dict[str, Any]]
     masks: list[str]
-    casts: int
-    cancelling: int
-    detours: int
-    repeated: int
+    casts: CastCounts
     largest: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
@@ -106,7 +103,9 @@ def convert_precision(
         result = _float32(raise_opset(result, _BF16_OPSET))
     measured = None if feeds is None else [_as_float32(feed) for feed in feeds]
     if kind is FLOAT16 and not measured:
-        raise UserError("float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH")
+        raise UserError(
+            "float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH"
+        )
     masks = _move_masks(result, kind, measured)
     ranges = None
     if kind is FLOAT16 and measured is not None:
@@ -122,7 +121,7 @@ def convert_precision(
     progress("convert")
     Rewriter(result, islands, interface).apply()
     common.RemoveUnusedNodesPass()(result)
-    return result, dataclasses.replace(report, **count_casts(result))
+    return result, dataclasses.replace(report, casts=count_casts(result))
 
 
 def _float32(model: ir.Model) -> ir.Model:
@@ -131,7 +130,12 @@ def _float32(model: ir.Model) -> ir.Model:
     if result.ir_version < 4:  # where weights had to be listed as inputs
         common.RemoveInitializersFromInputsPass()(result)
     if any(value.type is None for node in result.graph.all_nodes() for value in node.outputs):
-        sequences = {v: v.type for node in result.graph.all_nodes() for v in node.outputs if isinstance(v.type, ir.SequenceType)}
+        sequences = {
+            v: v.type
+            for node in result.graph.all_nodes()
+            for v in node.outputs
+            if isinstance(v.type, ir.SequenceType)
+        }
         common.ShapeInferencePass()(result)
         for value, kind in sequences.items():
             value.type = kind
@@ -141,7 +145,14 @@ def _float32(model: ir.Model) -> ir.Model:
 
 
 _MAKE_SEQUENCES = frozenset(
-    {"SplitToSequence", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceEmpty", "SequenceMap"}
+    {
+        "SplitToSequence",
+        "SequenceConstruct",
+        "SequenceInsert",
+        "SequenceErase",
+        "SequenceEmpty",
+        "SequenceMap",
+    }
 )
 
 
@@ -221,9 +232,6 @@ def _report(
         low=len(floats) - len(wide),
         islands=[{"reason": r, "nodes": n, "first": node_name(first[r])} for r, n in counts.most_common()],
         masks=[place.name or "" if isinstance(place, ir.Value) else node_name(place) for place in masks],
-        casts=0,
-        cancelling=0,
-        detours=0,
-        repeated=0,
+        casts=CastCounts(0, 0, 0, 0),
         largest=dict(top),
     )

@@ -1,0 +1,314 @@
+"""`convert`: a model in 16 bits, from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_autoglm import modelfile
+from onnx_autoglm.convert_options import ConvertOptions
+from onnx_autoglm.data import load_dataset, refuse_idle_preprocess
+from onnx_autoglm.dataset import Arrays, Dataset
+from onnx_autoglm.emulate import emulate
+from onnx_autoglm.errors import CheckFailed, UserError
+from onnx_autoglm.feeds import VARIANTS, candidate_feeds, first_working
+from onnx_autoglm.options import collect_as
+from onnx_autoglm.output import publish, staging
+from onnx_autoglm.passes.canonicalize import canonicalize
+from onnx_autoglm.passes.check_onnx import check_loads, check_onnx
+from onnx_autoglm.passes.convert_precision import (
+    FORMATS,
+    ConvertPrecision,
+    PrecisionReport,
+    convert_precision,
+)
+from onnx_autoglm.plan import sha256
+from onnx_autoglm.quality import compare as compare_quality
+from onnx_autoglm.quality import find_scores
+from onnx_autoglm.report import finite, quality_lines
+from onnx_autoglm.runtime import Session, compare
+from onnx_autoglm.self_text import write_text
+from onnx_autoglm.summary import versions
+from onnx_autoglm.upcast import upcast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT, VERSION = "onnx-autoglm/conversion", 1
+SELF_TOKENS = 1024  # text that a model writes to measure ranges on
+COMPARED = 4  # feeds on which source and result are run side by side
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """How far the result is from the source, on `feeds` inputs, both summed in float32.
+
+    `largest` is the worst max|a-b| / max|a| over outputs and inputs, `rms` the worst root mean square of the
+    difference over that of the output. `expected` is what rounding alone may do to `rms`: twice the format's
+    rounding error times the square root of the number of operations, since their errors add up at random.
+    """
+
+    largest: float
+    rms: float
+    expected: float
+    output: str
+    feeds: int
+
+    @property
+    def within(self) -> bool:
+        """Whether rounding explains it."""
+        return self.rms <= self.expected
+
+
+@dataclasses.dataclass
+class Conversion:
+    """The outcome of `convert`, as `report.json` has it."""
+
+    source: dict[str, Any]
+    result: dict[str, Any]
+    conversion: PrecisionReport
+    data: dict[str, Any]
+    difference: Distance
+    quality: dict[str, Any]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = finite(dataclasses.asdict(self))
+        return {"format": FORMAT, "version": VERSION, **data}
+
+    def print(self, console: Console) -> None:
+        """Writes what was converted and what was not, and what it cost."""
+        done, found = self.conversion, self.difference
+        before, after = self.source["bytes"], self.result["bytes"]
+        lines = [
+            f"weights: {before:,} -> {after:,} bytes ({100 * after / max(before, 1):.1f} %)",
+            f"{done.low} of {done.nodes} nodes compute in {done.precision}; {done.casts.all} casts between float types",
+            *(
+                f"  {entry['nodes']} in float32: {entry['reason']} ({entry['first']})"
+                for entry in done.islands[:12]
+            ),
+            f"largest difference {found.largest:.1e}, rms {found.rms:.1e}, on {found.feeds} inputs",
+            *(f"note: {note}" for note in self.notes),
+            *(quality_lines(self.quality) if self.quality else ()),
+        ]
+        if len(done.islands) > 12:
+            lines.insert(14, f"  ... and {len(done.islands) - 12} more reasons in report.json")
+        for line in lines:
+            console.print(line, highlight=False, markup=False)
+
+
+def convert(
+    model: Path | str,
+    output: Path | str,
+    options: ConvertOptions | None = None,
+    *,
+    progress: Progress = lambda _: None,
+    **given: Any,
+) -> Conversion:
+    """Converts a model to float16 or bfloat16, compares it with the source and writes it.
+
+    Writes `model.onnx` (and `model.onnx.data`) and `report.json` into the folder `output`, both or none. The input is
+    never changed.
+
+    Args:
+        model: the ONNX file.
+        output: the folder to write to; made if it does not exist.
+        options: all options; or give single ones by the names of the command line, such as `precision="fp16"`.
+        progress: told which step runs.
+
+    Raises:
+        UserError: something the user can mend; nothing was written.
+        CheckFailed: the result does not load, or overflows; nothing was written.
+    """
+    started = time.perf_counter()
+    if options is not None and given:
+        raise UserError("give either options or single options, not both")
+    options = collect_as(ConvertOptions, given) if options is None else options
+    wanted = options.precision
+    if wanted.precision == "none":
+        raise UserError("say what to convert to: --precision fp16 or bf16")
+    path, folder = Path(model), Path(output)
+    progress("open")
+    opened = modelfile.open_model(path)
+    modelfile.check_output_path(opened, folder / "model.onnx")
+    external = options.external_data
+    if external is None and modelfile.has_external_data(opened):
+        external = True
+    source = canonicalize(modelfile.open_model(path))
+    calibration, evaluation, notes = _data(source, path, options, progress)
+    feeds = _feeds(source, calibration, progress)
+    settings = ConvertPrecision(wanted.precision, wanted.io_precision, wanted.keep_logits_fp32)
+    result, report = convert_precision(opened, settings, feeds, progress=progress)
+    with staging(folder) as staged:
+        progress("write")
+        modelfile.save_model(result, staged / "model.onnx", external=external)
+        notes += check_onnx(staged / "model.onnx", path)
+        notes += _check_loads(staged / "model.onnx", path, wanted.precision)
+        written = modelfile.open_model(staged / "model.onnx")
+        running = written if wanted.precision == "fp16" else emulate(written)
+        progress("compare")
+        difference = _distance(source, running, feeds[:COMPARED], report)
+        if not difference.within:
+            notes.append(
+                f"the result is further from the source than rounding explains (rms {difference.rms:.1e}): judge it on data "
+                "with --eval, or try the other format"
+            )
+        quality: dict[str, Any] = {}
+        if evaluation is not None:
+            inputs = (_as_inputs(feed, running) for feed in evaluation)
+            found = compare_quality(
+                source, running, evaluation, model_feeds=inputs, native=True, step=progress
+            )
+            quality = {"data": _described(evaluation), **found.as_json()}
+        outcome = Conversion(
+            source=_weight(opened, path.name, sha256(path)),
+            result=_weight(written, "model.onnx", sha256(staged / "model.onnx")),
+            conversion=report,
+            data={
+                "ranges": "generated inputs" if calibration is None else _described(calibration),
+                "feeds": len(feeds),
+            },
+            difference=difference,
+            quality=quality,
+            options=options.model_dump(mode="json"),
+            versions=versions(),
+            notes=list(dict.fromkeys(notes)),
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        text = json.dumps(outcome.as_json(), indent=1, allow_nan=False)
+        (staged / "report.json").write_text(text + "\n")
+        publish(staged, folder)
+    return outcome
+
+
+def _data(
+    model: ir.Model, path: Path, options: ConvertOptions, progress: Progress
+) -> tuple[Dataset | None, Dataset | None, list[str]]:
+    """What ranges are measured on (None: generated inputs), what quality is measured on, and notes."""
+    given = options.data
+    refuse_idle_preprocess(given.preprocess, (given.calibration_path, given.evaluation))
+    beside = path.with_name("tokenizer.json")
+    tokenizer = given.tokenizer or (beside if beside.is_file() else None)
+
+    def read(source: Path | None, limit: int) -> Dataset | None:
+        if source is None:
+            return None
+        settings = {"tokenizer": tokenizer, "window": given.window, "preprocess": given.preprocess}
+        return load_dataset(source, model, limit=limit, **settings)  # type: ignore[arg-type]
+
+    calibration = read(given.calibration_path, given.calibration_tokens)
+    evaluation = read(given.evaluation, given.evaluation_tokens)
+    if evaluation is not None:
+        find_scores(model, evaluation)  # before any work is done
+    notes: list[str] = []
+    if calibration is None and given.calibration != "none" and options.precision.precision == "fp16":
+        try:
+            calibration = write_text(model, tokens=SELF_TOKENS, window=given.window, seed=0, step=progress)
+            notes.append(
+                "ranges were measured on text that the model wrote itself; --calib takes a text, or samples"
+            )
+        except UserError as error:
+            if given.calibration == "self":
+                raise UserError(
+                    f"--calib self: {error}; pass --calib PATH (a text, or .npz samples)"
+                ) from error
+    if calibration is None and options.precision.precision == "fp16":
+        notes.append(
+            "ranges were measured on generated inputs only: pass --calib PATH for inputs as they will come"
+        )
+    return calibration, evaluation, notes
+
+
+def _feeds(model: ir.Model, calibration: Dataset | None, progress: Progress) -> list[Arrays]:
+    """Generated inputs of several sizes, with holes in masks, and the calibration data behind them.
+
+    Raises UserError if there are no data and no generated input runs.
+    """
+    progress("inputs")
+    floats = upcast(model)
+    session = Session(floats)
+    feeds: list[Arrays] = []
+    for variant in VARIANTS:
+        try:
+            feeds.append(first_working(session, candidate_feeds(floats, variant=variant)))
+        except UserError:
+            if calibration is None and variant is VARIANTS[0]:
+                raise
+    return [*feeds, *(calibration or ())]
+
+
+def _check_loads(result: Path, source: Path, precision: str) -> list[str]:
+    """As `check_loads`; that this machine has no bfloat16 kernels is a note."""
+    try:
+        return check_loads(result, source)
+    except CheckFailed as error:
+        if precision == "bf16" and "NOT_IMPLEMENTED" in str(error):
+            return [
+                "ONNX Runtime's CPU has no kernels for bfloat16: quality was measured with its rounding in float32"
+            ]
+        raise
+
+
+def _as_inputs(feed: Arrays, model: ir.Model) -> Arrays:
+    """The feed in the types of a model's float inputs."""
+    types = {v.name: v.dtype.numpy() for v in model.graph.inputs if v.dtype and v.dtype.is_floating_point()}
+    return {name: array.astype(types.get(name, array.dtype), copy=False) for name, array in feed.items()}
+
+
+def _distance(
+    source: ir.Model, result: ir.Model, feeds: Iterable[Arrays], report: PrecisionReport
+) -> Distance:
+    """Runs both side by side. Raises CheckFailed if the result is not finite where the source is."""
+    floats = upcast(source)
+    before, after = Session(floats), Session(result)
+    largest, rms, output, count = 0.0, 0.0, "", 0
+    for feed in feeds:
+        count += 1
+        expected, actual = before.run(_as_inputs(feed, floats)), after.run(_as_inputs(feed, result))
+        difference = compare(expected, actual)
+        if difference.reason:
+            raise CheckFailed(
+                f"{report.precision} overflows: {difference.reason}; pass data with --calib PATH"
+            )
+        if difference.relative >= largest:
+            largest, output = difference.relative, difference.output or ""
+        rms = max([rms, *(_rms(expected[name], actual[name]) for name in expected)])
+    roundoff = FORMATS[report.precision].roundoff
+    return Distance(largest, rms, 2 * roundoff * math.sqrt(report.low), output, count)
+
+
+def _rms(expected: np.ndarray, actual: np.ndarray) -> float:
+    """The root mean square of the difference over that of what was expected; 0 for what is not float."""
+    if expected.dtype.kind in "OSUbiu":
+        return 0.0
+    a, b = expected.astype(np.float64), actual.astype(np.float64)
+    known = np.isfinite(a)
+    size = float(np.square(a[known]).sum())
+    return math.sqrt(float(np.square(a[known] - b[known]).sum()) / size) if size else 0.0
+
+
+def _weight(model: ir.Model, name: str, digest: str) -> dict[str, Any]:
+    return {
+        "file": name,
+        "sha256": digest,
+        "parameters": modelfile.parameters(model),
+        "bytes": modelfile.weight_bytes(model),
+        "nodes": model.graph.num_nodes(),
+    }
+
+
+def _described(data: Dataset) -> dict[str, Any]:
+    return {"name": data.name, "sha256": data.sha256, "rows": data.rows}
