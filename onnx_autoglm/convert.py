@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.convert_options import ConvertOptions
 from onnx_autoglm.data import load_dataset, refuse_idle_preprocess
 from onnx_autoglm.dataset import Arrays, Dataset
-from onnx_autoglm.emulate import emulate
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.feeds import VARIANTS, candidate_feeds, first_working
 from onnx_autoglm.options import collect_as
@@ -31,10 +28,10 @@ from onnx_autoglm.passes.convert_precision import (
     convert_precision,
 )
 from onnx_autoglm.plan import sha256
-from onnx_autoglm.quality import compare as compare_quality
-from onnx_autoglm.quality import find_scores
+from onnx_autoglm.precision_distance import Distance, as_inputs, distance, runnable
+from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.report import finite, quality_lines
-from onnx_autoglm.runtime import Session, compare
+from onnx_autoglm.runtime import Session
 from onnx_autoglm.self_text import write_text
 from onnx_autoglm.summary import versions
 from onnx_autoglm.upcast import upcast
@@ -47,27 +44,6 @@ SELF_TOKENS = 1024  # text that a model writes to measure ranges on
 COMPARED = 4  # feeds on which source and result are run side by side
 
 Progress = Callable[[str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Distance:
-    """How far the result is from the source, on `feeds` inputs, both summed in float32.
-
-    `largest` is the worst max|a-b| / max|a| over outputs and inputs, `rms` the worst root mean square of the
-    difference over that of the output. `expected` is what rounding alone may do to `rms`: twice the format's
-    rounding error times the square root of the number of operations, since their errors add up at random.
-    """
-
-    largest: float
-    rms: float
-    expected: float
-    output: str
-    feeds: int
-
-    @property
-    def within(self) -> bool:
-        """Whether rounding explains it."""
-        return self.rms <= self.expected
 
 
 @dataclasses.dataclass
@@ -158,9 +134,13 @@ def convert(
         notes += check_onnx(staged / "model.onnx", path)
         notes += _check_loads(staged / "model.onnx", path, wanted.precision)
         written = modelfile.open_model(staged / "model.onnx")
-        running = written if wanted.precision == "fp16" else emulate(written)
         progress("compare")
-        difference = _distance(source, running, feeds[:COMPARED], report)
+        kind = FORMATS[wanted.precision]
+        difference = distance(source, written, kind, report.low, feeds[:COMPARED])
+        if difference.reason:
+            raise CheckFailed(
+                f"{wanted.precision} overflows: {difference.reason}; pass data with --calib PATH"
+            )
         if not difference.within:
             notes.append(
                 f"the result is further from the source than rounding explains (rms {difference.rms:.1e}): judge it on data "
@@ -168,10 +148,9 @@ def convert(
             )
         quality: dict[str, Any] = {}
         if evaluation is not None:
-            inputs = (_as_inputs(feed, running) for feed in evaluation)
-            found = compare_quality(
-                source, running, evaluation, model_feeds=inputs, native=True, step=progress
-            )
+            running = runnable(written, kind)
+            inputs = (as_inputs(feed, running.graph.inputs) for feed in evaluation)
+            found = compare(source, running, evaluation, model_feeds=inputs, native=True, step=progress)
             quality = {"data": _described(evaluation), **found.as_json()}
         outcome = Conversion(
             source=_weight(opened, path.name, sha256(path)),
@@ -260,44 +239,6 @@ def _check_loads(result: Path, source: Path, precision: str) -> list[str]:
                 "ONNX Runtime's CPU has no kernels for bfloat16: quality was measured with its rounding in float32"
             ]
         raise
-
-
-def _as_inputs(feed: Arrays, model: ir.Model) -> Arrays:
-    """The feed in the types of a model's float inputs."""
-    types = {v.name: v.dtype.numpy() for v in model.graph.inputs if v.dtype and v.dtype.is_floating_point()}
-    return {name: array.astype(types.get(name, array.dtype), copy=False) for name, array in feed.items()}
-
-
-def _distance(
-    source: ir.Model, result: ir.Model, feeds: Iterable[Arrays], report: PrecisionReport
-) -> Distance:
-    """Runs both side by side. Raises CheckFailed if the result is not finite where the source is."""
-    floats = upcast(source)
-    before, after = Session(floats), Session(result)
-    largest, rms, output, count = 0.0, 0.0, "", 0
-    for feed in feeds:
-        count += 1
-        expected, actual = before.run(_as_inputs(feed, floats)), after.run(_as_inputs(feed, result))
-        difference = compare(expected, actual)
-        if difference.reason:
-            raise CheckFailed(
-                f"{report.precision} overflows: {difference.reason}; pass data with --calib PATH"
-            )
-        if difference.relative >= largest:
-            largest, output = difference.relative, difference.output or ""
-        rms = max([rms, *(_rms(expected[name], actual[name]) for name in expected)])
-    roundoff = FORMATS[report.precision].roundoff
-    return Distance(largest, rms, 2 * roundoff * math.sqrt(report.low), output, count)
-
-
-def _rms(expected: np.ndarray, actual: np.ndarray) -> float:
-    """The root mean square of the difference over that of what was expected; 0 for what is not float."""
-    if expected.dtype.kind in "OSUbiu":
-        return 0.0
-    a, b = expected.astype(np.float64), actual.astype(np.float64)
-    known = np.isfinite(a)
-    size = float(np.square(a[known]).sum())
-    return math.sqrt(float(np.square(a[known] - b[known]).sum()) / size) if size else 0.0
 
 
 def _weight(model: ir.Model, name: str, digest: str) -> dict[str, Any]:

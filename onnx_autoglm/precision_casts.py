@@ -72,8 +72,8 @@ class Rewriter:
         """A copy of an initializer in another type; the original goes if nobody reads it any more."""
         assert value.const_value is not None and value.graph is not None
         copy = ir.Value(name=self._name(value, wanted), const_value=cast_tensor(value.const_value, wanted))
-        copy.dtype, copy.shape = wanted, value.const_value.shape
-        value.graph.register_initializer(copy)  # type: ignore[union-attr]
+        copy.dtype, copy.shape = wanted, ir.Shape(value.const_value.shape.numpy())
+        value.graph.register_initializer(copy)
         return copy
 
     def _cast(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
@@ -117,10 +117,9 @@ class Rewriter:
         result = self._as(value, wanted)
         if value.graph is not graph or result.graph is not graph:  # from around the body
             return result
-        name, other = value.name, result.name
-        value.name = None
+        name = value.name
+        value.name = self._name(value, self._types.get(value, ir.DataType.FLOAT))
         result.name = name
-        value.name = other
         return result
 
     def _name(self, value: ir.Value, dtype: ir.DataType) -> str:

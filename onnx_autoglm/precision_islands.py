@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -83,6 +83,7 @@ def find_islands(
     ranges: Mapping[str, float] | None,
     *,
     interface: Mapping[str, ir.DataType],
+    masked: Container[str] = (),
     scores: ir.Value | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Islands:
@@ -94,6 +95,7 @@ def find_islands(
         ranges: the largest magnitude of every float value (`observe_ranges`); None where all that a float32 can
             be fits the format. With ranges, bodies of control flow stay in float32, as nothing measures them.
         interface: the type of every float input and output that the result will have.
+        masked: names of the values that carry moved masks.
         scores: an output whose numbers are to be made in float32.
         step: told what is being read.
     """
@@ -109,7 +111,7 @@ def find_islands(
     tops = set(model.graph)
     step("ranges of the weights")
     for node in all_nodes:
-        reason = _obstacle(node, signatures[node], kind, dict(opsets)) or _misfit(node, kind, ranges)
+        reason = _obstacle(node, signatures[node], kind, dict(opsets)) or _misfit(node, kind, ranges, masked)
         if ranges is not None and node not in tops:
             reason = reason or BODY
         if reason:
@@ -154,7 +156,7 @@ def _inputs_allowed(node: ir.Node, own: Signature, kind: Format) -> bool:
     )
 
 
-def _misfit(node: ir.Node, kind: Format, ranges: Mapping[str, float] | None) -> str:
+def _misfit(node: ir.Node, kind: Format, ranges: Mapping[str, float] | None, masked: Container[str]) -> str:
     """Why the numbers that a node reads or makes do not fit the format, or nothing."""
     name = kind.dtype.name.lower()
     for index, value in enumerate((*node.inputs, *node.outputs)):
@@ -170,7 +172,8 @@ def _misfit(node: ir.Node, kind: Format, ranges: Mapping[str, float] | None) -> 
             if index in _ADDED.get(node.op_type, ()) and value.const_value.size > 1:
                 least = 0.0  # small beside what it is added to
         elif ranges is not None and value.name in ranges:
-            size, what, top = ranges[value.name or ""], "value", kind.limit
+            size, what = ranges[value.name or ""], "value"
+            top = kind.masked_limit if value.name in masked else kind.limit
         else:
             continue
         if size > top:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_autoglm.cast_tensor import largest
 from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.op_kinds import LAYOUT, is_constant, is_float
-from onnx_autoglm.runtime import Session, compare
+from onnx_autoglm.runtime import Session
 
 _ORDER = frozenset(
     "Softmax LogSoftmax Attention MultiHeadAttention GroupQueryAttention TopK ArgMax Exp".split()
@@ -23,8 +23,9 @@ _CARRY = LAYOUT | {"Where", "Mul", "Add", "Sub", "Cast", "CastLike", "ConstantOf
 class Format:
     """A 16-bit format: its largest number, its smallest normal one, and the relative error of rounding to it.
 
-    `limit` is what a measured value may reach: half the range, for other inputs give other numbers. `mask` is half
-    of that, so that scores, or a second mask, can be added to a mask.
+    `limit` is what a measured value may reach: half the range, for other inputs give other numbers. `mask` is what
+    stands for infinity in a mask: scores can be added to it, and vanish beside it as they did in float32. Values that
+    carry a mask may reach `masked_limit`.
     """
 
     dtype: ir.DataType
@@ -38,7 +39,11 @@ class Format:
 
     @property
     def mask(self) -> float:
-        return self.highest / 4
+        return self.highest * 0.75
+
+    @property
+    def masked_limit(self) -> float:
+        return self.highest * 0.9
 
 
 FLOAT16 = Format(ir.DataType.FLOAT16, 65504.0, 2.0**-14, 2.0**-11)
@@ -64,12 +69,6 @@ def observe_ranges(
         for probe, name in probes.items():
             ranges[name] = max(ranges[name], float(found[probe]))
     return ranges
-
-
-def same_outputs(first: ir.Model, second: ir.Model, feeds: Iterable[Arrays], tolerance: float) -> bool:
-    """Whether two models give the same outputs on all feeds, to a relative tolerance."""
-    sessions = Session(first), Session(second)
-    return all(compare(*(session.run(feed) for session in sessions)).relative <= tolerance for feed in feeds)
 
 
 def _add_probes(model: ir.Model) -> dict[str, str]:
@@ -111,53 +110,57 @@ def _is_tensor(value: ir.Value) -> bool:
     return is_float(value) and not isinstance(value.type, ir.SequenceType | ir.OptionalType)
 
 
-def clamp_masks(model: ir.Model, kind: Format) -> dict[ir.Value | ir.Node, ir.TensorProtocol]:
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """Constants that were moved into range, by name with what was there before, and the values that carry them."""
+
+    before: dict[str, ir.TensorProtocol]
+    carriers: frozenset[str]
+
+
+def clamp_masks(model: ir.Model, kind: Format) -> Masks:
     """Moves numbers that stand for "never" (such as the lowest float32) into the range of the format, in place.
 
     Only constants that reach a softmax or another choice by order, where all that counts is that they are far
-    below the rest. Infinities stay. Returns what was there before, for `restore_masks`.
+    below the rest. Infinities stay.
     """
-    before: dict[ir.Value | ir.Node, ir.TensorProtocol] = {}
-    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
-        tensor = value.const_value
-        if tensor is not None and is_constant(value) and is_float(value) and _is_mask(value, tensor, kind):
-            before[value] = tensor
-            value.const_value = _clamped(tensor, kind.mask)
+    before: dict[str, ir.TensorProtocol] = {}
+    carriers: set[str] = set()
+    places: list[tuple[ir.Value, ir.TensorProtocol, ir.Node | None]] = [
+        (value, value.const_value, None)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None and is_constant(value) and is_float(value)
+    ]
     for node in model.graph.all_nodes():
         attribute = node.attributes.get("value")
-        if node.op_type != "ConstantOfShape" or attribute is None:
+        if node.op_type == "ConstantOfShape" and attribute is not None and is_float(node.outputs[0]):
+            places.append((node.outputs[0], attribute.as_tensor(), node))
+    for value, tensor, maker in places:
+        carried = _carried_to_order(value)
+        if not carried or largest(tensor) <= kind.mask:
             continue
-        tensor = attribute.as_tensor()
-        if tensor.dtype == ir.DataType.FLOAT and _is_mask(node.outputs[0], tensor, kind):
-            before[node] = tensor
-            node.attributes["value"] = ir.AttrTensor("value", _clamped(tensor, kind.mask))
-    return before
-
-
-def restore_masks(before: dict[ir.Value | ir.Node, ir.TensorProtocol]) -> None:
-    """Undoes `clamp_masks`."""
-    for place, tensor in before.items():
-        if isinstance(place, ir.Value):
-            place.const_value = tensor
+        before[value.name or ""] = tensor
+        carriers |= carried
+        moved = _clamped(tensor, kind.mask)
+        if maker is None:
+            value.const_value = moved
         else:
-            place.attributes["value"] = ir.AttrTensor("value", tensor)
+            maker.attributes["value"] = ir.AttrTensor("value", moved)
+    return Masks(before, frozenset(carriers))
 
 
-def _is_mask(value: ir.Value, tensor: ir.TensorProtocol, kind: Format) -> bool:
-    return _reaches_order(value) and largest(tensor) > kind.mask
-
-
-def _reaches_order(value: ir.Value) -> bool:
-    seen, stack = {value}, [value]
+def _carried_to_order(value: ir.Value) -> set[str]:
+    """The names of the values that a constant is carried to, itself included, if it reaches a choice by order."""
+    seen, stack, reached = {value}, [value], False
     while stack:
         for node, _ in stack.pop().uses():
-            if node.op_type in _ORDER:
-                return True
+            reached |= node.op_type in _ORDER
             if node.op_type in _CARRY:
                 new = [output for output in node.outputs if output not in seen]
                 seen.update(new)
                 stack += new
-    return False
+    return {each.name or "" for each in seen} if reached else set()
 
 
 def _clamped(tensor: ir.TensorProtocol, bound: float) -> ir.TensorProtocol:

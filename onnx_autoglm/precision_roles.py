@@ -91,9 +91,10 @@ def _positions(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     float16 counts to 2048 and bfloat16 to 256, so positions and the angles made of them need more.
     """
     pointwise: set[ir.Value] = set()  # made of integers, each by itself
-    angles: set[ir.Value] = {
+    angles: set[ir.Value] = set()  # made of integers, products among it
+    given = {
         v for node in nodes for v in inputs_of(node) if v.is_graph_input() and is_float(v)
-    }
+    }  # float time steps
     found: set[ir.Node] = set()
     for node in nodes:
         floats = [value for value in inputs_of(node) if is_float(value) and not is_constant(value)]
@@ -104,14 +105,16 @@ def _positions(nodes: Sequence[ir.Node]) -> set[ir.Node]:
         through = is_pointwise(node) or node.op_type in ("MatMul", "Einsum")
         if starts or (through and floats and all(value in angles for value in floats)):
             angles.update(node.outputs)
-    waves = [node for node in nodes if node.op_type in ("Sin", "Cos") and node.inputs[0] in angles]
+        if is_pointwise(node) and floats and all(value in given or value in angles for value in floats):
+            given.update(node.outputs)
+    waves = [node for node in nodes if node.op_type in ("Sin", "Cos") and node.inputs[0] in angles | given]
     stack = list(waves)
     while stack:
         node = stack.pop()
         found.add(node)
         for value in inputs_of(node):
             producer = value.producer()
-            if value in angles and producer is not None and producer not in found:
+            if (value in angles or value in given) and producer is not None and producer not in found:
                 stack.append(producer)
     return found
 

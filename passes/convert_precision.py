@@ -17,23 +17,23 @@ from onnx_autoglm.op_types import signature
 from onnx_autoglm.opset import raise_opset
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.precision_casts import CastCounts, Rewriter, count_casts, drop_float_casts
+from onnx_autoglm.precision_distance import as_inputs, distance
 from onnx_autoglm.precision_islands import Islands, find_islands
 from onnx_autoglm.precision_ranges import (
     BFLOAT16,
     FLOAT16,
     Format,
+    Masks,
     clamp_masks,
     observe_ranges,
-    restore_masks,
-    same_outputs,
 )
 from onnx_autoglm.scores import any_scores, class_scores, token_scores
 from onnx_autoglm.upcast import HALF_TYPES, upcast
+from onnx_autoglm.value_types import complete_types
 
 FORMATS = {"fp16": FLOAT16, "bf16": BFLOAT16}
 _BF16_OPSET = 22  # the first in which convolutions and pooling know bfloat16
-_SAME = 1e-4  # what a mask that is moved may change: nothing but rounding
-_FEW = 4  # feeds on which that is checked
+_FEW = 4  # feeds on which it is checked that moved masks are still masks
 
 Progress = Callable[[str], None]
 
@@ -83,6 +83,9 @@ def convert_precision(
 ) -> tuple[ir.Model, PrecisionReport]:
     """A copy of the model that computes in 16 bits, and what was done.
 
+    Constants that stand for "never", such as the lowest float32 in a mask, are moved into the range of the format if
+    the result is as near to the source then as with masks in float32.
+
     Weights are cast while they are written. A 16-bit model may be converted as well: it is read as float32, so that
     its own casts do not count.
 
@@ -97,23 +100,46 @@ def convert_precision(
         UserError: float16 without feeds, an operator set too old, or nothing that can be converted.
     """
     kind = FORMATS[options.precision]
+    feeds = None if feeds is None else list(feeds)
+    if kind is FLOAT16 and not feeds:
+        raise UserError(
+            "float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH"
+        )
+    result, report = _convert(model, options, feeds, move_masks=True, progress=progress)
+    if not report.masks or not feeds:
+        return result, report
+    moved = distance(model, result, kind, report.low, feeds[:_FEW])
+    if moved.within:
+        return result, report
+    other = _convert(model, options, feeds, move_masks=False, progress=progress)
+    kept = distance(model, other[0], kind, other[1].low, feeds[:_FEW])
+    return (result, report) if moved.rms <= 2 * kept.rms else other
+
+
+def _convert(
+    model: ir.Model,
+    options: ConvertPrecision,
+    feeds: list[Arrays] | None,
+    *,
+    move_masks: bool,
+    progress: Progress,
+) -> tuple[ir.Model, PrecisionReport]:
+    kind = FORMATS[options.precision]
     interface = _interface(model, options)
     result = _float32(model)
     if kind is BFLOAT16 and _is_too_old(result, kind):
         result = _float32(raise_opset(result, _BF16_OPSET))
-    measured = None if feeds is None else [_as_float32(feed) for feed in feeds]
-    if kind is FLOAT16 and not measured:
-        raise UserError(
-            "float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH"
-        )
-    masks = _move_masks(result, kind, measured)
+    masks = clamp_masks(result, kind) if move_masks else Masks({}, frozenset())
     ranges = None
-    if kind is FLOAT16 and measured is not None:
-        ranges = observe_ranges(result, measured, progress)
+    if kind is FLOAT16 and feeds is not None:
+        inputs = result.graph.inputs
+        ranges = observe_ranges(result, (as_inputs(feed, inputs) for feed in feeds), progress)
     scores = _scores(result) if options.keep_logits else None
     if scores is not None:
         interface[scores.name or ""] = ir.DataType.FLOAT
-    islands = find_islands(result, kind, ranges, interface=interface, scores=scores, step=progress)
+    islands = find_islands(
+        result, kind, ranges, interface=interface, masked=masks.carriers, scores=scores, step=progress
+    )
     report = _report(result, options, islands, masks, ranges)
     if not report.low:
         first = report.islands[0] if report.islands else {"reason": "it holds no float32 numbers"}
@@ -129,47 +155,9 @@ def _float32(model: ir.Model) -> ir.Model:
     result = canonicalize(upcast(model))
     if result.ir_version < 4:  # where weights had to be listed as inputs
         common.RemoveInitializersFromInputsPass()(result)
-    if any(value.type is None for node in result.graph.all_nodes() for value in node.outputs):
-        sequences = {
-            v: v.type
-            for node in result.graph.all_nodes()
-            for v in node.outputs
-            if isinstance(v.type, ir.SequenceType)
-        }
-        common.ShapeInferencePass()(result)
-        for value, kind in sequences.items():
-            value.type = kind
-        _mark_sequences(result)
+    complete_types(result)
     drop_float_casts(result)
     return result
-
-
-_MAKE_SEQUENCES = frozenset(
-    {
-        "SplitToSequence",
-        "SequenceConstruct",
-        "SequenceInsert",
-        "SequenceErase",
-        "SequenceEmpty",
-        "SequenceMap",
-    }
-)
-
-
-def _mark_sequences(model: ir.Model) -> None:
-    """Shape inference gives sequences the type of their tensors."""
-    for node in model.graph.all_nodes():
-        for value in node.outputs:
-            if node.op_type in _MAKE_SEQUENCES and isinstance(value.type, ir.TensorType):
-                value.type = ir.SequenceType(value.type)
-
-
-def _as_float32(feed: Arrays) -> Arrays:
-    return {
-        name: array.astype("float32") if ir.DataType.from_numpy(array.dtype) in HALF_TYPES else array
-        for name, array in feed.items()
-        if array.dtype.kind not in "OSU"
-    } | {name: array for name, array in feed.items() if array.dtype.kind in "OSU"}
 
 
 def _interface(model: ir.Model, options: ConvertPrecision) -> dict[str, ir.DataType]:
@@ -193,16 +181,6 @@ def _is_too_old(model: ir.Model, kind: Format) -> bool:
     return False
 
 
-def _move_masks(model: ir.Model, kind: Format, feeds: list[Arrays] | None) -> dict[Any, ir.TensorProtocol]:
-    """Moves masks into range, in place, unless that shows in the outputs; returns what was moved."""
-    before = model.clone()
-    masks = clamp_masks(model, kind)
-    if masks and feeds and not same_outputs(before, model, feeds[:_FEW], _SAME):
-        restore_masks(masks)
-        return {}
-    return masks
-
-
 def _scores(model: ir.Model) -> ir.Value:
     found = token_scores(model) or class_scores(model) or any_scores(model)
     if found is None:
@@ -214,7 +192,7 @@ def _report(
     model: ir.Model,
     options: ConvertPrecision,
     islands: Islands,
-    masks: dict[Any, Any],
+    masks: Masks,
     ranges: dict[str, float] | None,
 ) -> PrecisionReport:
     floats = [node for node in model.graph.all_nodes() if any(is_float(value) for value in node.outputs)]
@@ -231,7 +209,7 @@ def _report(
         nodes=len(floats),
         low=len(floats) - len(wide),
         islands=[{"reason": r, "nodes": n, "first": node_name(first[r])} for r, n in counts.most_common()],
-        masks=[place.name or "" if isinstance(place, ir.Value) else node_name(place) for place in masks],
+        masks=list(masks.before),
         casts=CastCounts(0, 0, 0, 0),
         largest=dict(top),
     )
