@@ -16,6 +16,7 @@ from onnx_autoglm.precision_roles import LOGITS, score_nodes, sensitive_nodes
 
 BODY = "inside a control-flow body, whose numbers cannot be measured"
 CACHE = "a cache that comes and goes in float32"
+MASKS = "masks, beside which scores would not vanish as they do in the source"
 BETWEEN = "between parts in float32"
 SMALL_BYTES = 4096
 
@@ -84,6 +85,7 @@ def find_islands(
     *,
     interface: Mapping[str, ir.DataType],
     masked: Container[str] = (),
+    wide_masks: bool = False,
     scores: ir.Value | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Islands:
@@ -95,7 +97,8 @@ def find_islands(
         ranges: the largest magnitude of every float value (`observe_ranges`); None where all that a float32 can
             be fits the format. With ranges, bodies of control flow stay in float32, as nothing measures them.
         interface: the type of every float input and output that the result will have.
-        masked: names of the values that carry moved masks.
+        masked: names of the values that carry masks.
+        wide_masks: whether all that touches those computes in float32.
         scores: an output whose numbers are to be made in float32.
         step: told what is being read.
     """
@@ -112,6 +115,8 @@ def find_islands(
     step("ranges of the weights")
     for node in all_nodes:
         reason = _obstacle(node, signatures[node], kind, dict(opsets)) or _misfit(node, kind, ranges, masked)
+        if wide_masks and any(value.name in masked for value in (*inputs_of(node), *node.outputs)):
+            reason = reason or MASKS
         if ranges is not None and node not in tops:
             reason = reason or BODY
         if reason:

@@ -1,4 +1,4 @@
-"""The largest magnitude of every float value of a graph, measured on feeds, and masks that fit a format."""
+"""The ranges of the 16-bit formats, and of every float value of a graph, measured on feeds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import onnx_ir as ir
 
-from onnx_autoglm.cast_tensor import largest
 from onnx_autoglm.dataset import Arrays
-from onnx_autoglm.op_kinds import LAYOUT, is_constant, is_float
+from onnx_autoglm.op_kinds import is_float
 from onnx_autoglm.runtime import Session
-
-_ORDER = frozenset(
-    "Softmax LogSoftmax Attention MultiHeadAttention GroupQueryAttention TopK ArgMax Exp".split()
-)
-_CARRY = LAYOUT | {"Where", "Mul", "Add", "Sub", "Cast", "CastLike", "ConstantOfShape"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,64 +102,3 @@ def _add_probes(model: ir.Model) -> dict[str, str]:
 
 def _is_tensor(value: ir.Value) -> bool:
     return is_float(value) and not isinstance(value.type, ir.SequenceType | ir.OptionalType)
-
-
-@dataclasses.dataclass(frozen=True)
-class Masks:
-    """Constants that were moved into range, by name with what was there before, and the values that carry them."""
-
-    before: dict[str, ir.TensorProtocol]
-    carriers: frozenset[str]
-
-
-def clamp_masks(model: ir.Model, kind: Format) -> Masks:
-    """Moves numbers that stand for "never" (such as the lowest float32) into the range of the format, in place.
-
-    Only constants that reach a softmax or another choice by order, where all that counts is that they are far
-    below the rest. Infinities stay.
-    """
-    before: dict[str, ir.TensorProtocol] = {}
-    carriers: set[str] = set()
-    places: list[tuple[ir.Value, ir.TensorProtocol, ir.Node | None]] = [
-        (value, value.const_value, None)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None and is_constant(value) and is_float(value)
-    ]
-    for node in model.graph.all_nodes():
-        attribute = node.attributes.get("value")
-        if node.op_type == "ConstantOfShape" and attribute is not None and is_float(node.outputs[0]):
-            places.append((node.outputs[0], attribute.as_tensor(), node))
-    for value, tensor, maker in places:
-        carried = _carried_to_order(value)
-        if not carried or largest(tensor) <= kind.mask:
-            continue
-        before[value.name or ""] = tensor
-        carriers |= carried
-        moved = _clamped(tensor, kind.mask)
-        if maker is None:
-            value.const_value = moved
-        else:
-            maker.attributes["value"] = ir.AttrTensor("value", moved)
-    return Masks(before, frozenset(carriers))
-
-
-def _carried_to_order(value: ir.Value) -> set[str]:
-    """The names of the values that a constant is carried to, itself included, if it reaches a choice by order."""
-    seen, stack, reached = {value}, [value], False
-    while stack:
-        for node, _ in stack.pop().uses():
-            reached |= node.op_type in _ORDER
-            if node.op_type in _CARRY:
-                new = [output for output in node.outputs if output not in seen]
-                seen.update(new)
-                stack += new
-    return {each.name or "" for each in seen} if reached else set()
-
-
-def _clamped(tensor: ir.TensorProtocol, bound: float) -> ir.TensorProtocol:
-    def clamp() -> ir.TensorProtocol:
-        array = np.asarray(tensor.numpy())
-        return ir.Tensor(np.where(np.isfinite(array), np.clip(array, -bound, bound), array), name=tensor.name)
-
-    return ir.LazyTensor(clamp, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)

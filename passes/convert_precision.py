@@ -19,12 +19,11 @@ from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.precision_casts import CastCounts, Rewriter, count_casts, drop_float_casts
 from onnx_autoglm.precision_distance import as_inputs, distance
 from onnx_autoglm.precision_islands import Islands, find_islands
+from onnx_autoglm.precision_masks import Masks, find_masks
 from onnx_autoglm.precision_ranges import (
     BFLOAT16,
     FLOAT16,
     Format,
-    Masks,
-    clamp_masks,
     observe_ranges,
 )
 from onnx_autoglm.scores import any_scores, class_scores, token_scores
@@ -33,7 +32,7 @@ from onnx_autoglm.value_types import complete_types
 
 FORMATS = {"fp16": FLOAT16, "bf16": BFLOAT16}
 _BF16_OPSET = 22  # the first in which convolutions and pooling know bfloat16
-_FEW = 4  # feeds on which it is checked that moved masks are still masks
+_FEW = 4  # feeds on which it is checked that masks are still masks
 
 Progress = Callable[[str], None]
 
@@ -83,8 +82,8 @@ def convert_precision(
 ) -> tuple[ir.Model, PrecisionReport]:
     """A copy of the model that computes in 16 bits, and what was done.
 
-    Constants that stand for "never", such as the lowest float32 in a mask, are moved into the range of the format if
-    the result is as near to the source then as with masks in float32.
+    Constants that stand for "never", such as the lowest float32 in a mask, are moved into the range of the format. If
+    the result is further from the source then than rounding explains, and nearer with masks in float32, these stay so.
 
     Weights are cast while they are written. A 16-bit model may be converted as well: it is read as float32, so that
     its own casts do not count.
@@ -93,7 +92,7 @@ def convert_precision(
         model: the model; it stays as it is.
         options: what to convert to.
         feeds: inputs on which the range of every value is measured, of the source's types. float16 needs them; for
-            bfloat16, which holds whatever a float32 can be, they only check that moved masks are still masks.
+            bfloat16, which holds whatever a float32 can be, they only check that masks are still masks.
         progress: told which step runs.
 
     Raises:
@@ -106,14 +105,14 @@ def convert_precision(
             "float16 overflows at 65,504, so ranges must be measured: pass data with --calib PATH"
         )
     result, report = _convert(model, options, feeds, move_masks=True, progress=progress)
-    if not report.masks or not feeds:
+    if not feeds:
         return result, report
-    moved = distance(model, result, kind, report.low, feeds[:_FEW])
-    if moved.within:
+    near = distance(model, result, kind, report.low, feeds[:_FEW])
+    if near.within:
         return result, report
     other = _convert(model, options, feeds, move_masks=False, progress=progress)
     kept = distance(model, other[0], kind, other[1].low, feeds[:_FEW])
-    return (result, report) if moved.rms <= 2 * kept.rms else other
+    return (result, report) if near.rms <= 2 * kept.rms else other
 
 
 def _convert(
@@ -129,7 +128,7 @@ def _convert(
     result = _float32(model)
     if kind is BFLOAT16 and _is_too_old(result, kind):
         result = _float32(raise_opset(result, _BF16_OPSET))
-    masks = clamp_masks(result, kind) if move_masks else Masks({}, frozenset())
+    masks = find_masks(result, kind, move=move_masks)
     ranges = None
     if kind is FLOAT16 and feeds is not None:
         inputs = result.graph.inputs
@@ -138,7 +137,14 @@ def _convert(
     if scores is not None:
         interface[scores.name or ""] = ir.DataType.FLOAT
     islands = find_islands(
-        result, kind, ranges, interface=interface, masked=masks.carriers, scores=scores, step=progress
+        result,
+        kind,
+        ranges,
+        interface=interface,
+        masked=masks.carriers,
+        wide_masks=not move_masks,
+        scores=scores,
+        step=progress,
     )
     report = _report(result, options, islands, masks, ranges)
     if not report.low:
@@ -209,7 +215,7 @@ def _report(
         nodes=len(floats),
         low=len(floats) - len(wide),
         islands=[{"reason": r, "nodes": n, "first": node_name(first[r])} for r, n in counts.most_common()],
-        masks=list(masks.before),
+        masks=list(masks.moved),
         casts=CastCounts(0, 0, 0, 0),
         largest=dict(top),
     )
