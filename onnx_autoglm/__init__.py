@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_autoglm.errors import CheckFailed, UserError
 
 if TYPE_CHECKING:
-    from onnx_autoglm.convert import Conversion, convert
+    from onnx_autoglm.conversion import Conversion, convert
     from onnx_autoglm.evaluation import Evaluation, evaluate
     from onnx_autoglm.options import Options
     from onnx_autoglm.pipeline import check, inspect, optimize
@@ -36,8 +36,8 @@ __all__ = [
 
 _HOMES = {
     "check": "onnx_autoglm.pipeline",
-    "convert": "onnx_autoglm.convert",
-    "Conversion": "onnx_autoglm.convert",
+    "convert": "onnx_autoglm.conversion",
+    "Conversion": "onnx_autoglm.conversion",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",
     "inspect": "onnx_autoglm.pipeline",

@@ -229,7 +229,7 @@ def convert(model: Path, output: Path, quiet: bool, **given: Any) -> None:
       onnx-autoglm convert model.onnx -o out --precision fp16 --calib text.txt --eval other.txt
       onnx-autoglm convert model.onnx -o out --precision bf16 --io-precision bf16 --keep-logits-fp32
     """
-    from onnx_autoglm.convert import convert as run
+    from onnx_autoglm.conversion import convert as run
 
     with _progress(quiet) as progress:
         report = run(model, output, collect_as(ConvertOptions, given), progress=progress)

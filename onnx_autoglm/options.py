@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
+from onnx_autoglm.precision_options import PrecisionOptions
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
 
 DEFAULT_FRACTION = 0.25
@@ -284,6 +285,7 @@ class Options(_Options):
         description="Closed-form repair of the consumers' weights on calibration data: affine (least squares with a "
         "bias), bias (the mean of what went), none. auto is affine with data and none without.",
     )
+    precision: PrecisionOptions = PrecisionOptions()
     quantize: Literal["none"] = Field(default="none", description="Quantization of the result.")
     check: CheckOptions = CheckOptions()
 
@@ -333,16 +335,15 @@ def flags(model: type[BaseModel] = Options, path: tuple[str, ...] = ()) -> Itera
 
 
 def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Options:
-    """Options from keywords (named as the flags) over a configuration file.
-
-    Raises:
-        UserError: an unknown keyword or a value that is not allowed.
-    """
+    """The options of `optimize`, as `collect_as`."""
     return collect_as(Options, given, config)
 
 
 def collect_as(model: type[Model], given: Mapping[str, Any], config: Path | str | None = None) -> Model:
-    """The same for the options of another command."""
+    """Options from keywords (named as the flags) over a configuration file.
+
+    Raises UserError for an unknown keyword or a value that is not allowed.
+    """
     known = {flag.keyword: flag for flag in flags(model)}
     data = {} if config is None else read_config(Path(config))
     for keyword, value in given.items():

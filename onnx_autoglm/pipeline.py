@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import consumers_of, normed_values
+from onnx_autoglm.conversion import convert_staged
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.errors import CheckFailed, UserError
 from onnx_autoglm.evidence import OBSERVING, Data, Evidence, score, wants_self_text
@@ -216,14 +217,25 @@ def optimize(
             repair = "none"
             notes.append("no consumer could be repaired; report.json has the reasons")
             plan = dataclasses.replace(plan, repair=repair)
+        precision: dict[str, Any] = {}
+        running = pruned
+        if options.precision.precision != "none":
+            with clock("convert precision"):
+                calibration = [] if data.calibration is None else [feed for _, feed in data.pairs(plan)]
+                precision, running = convert_staged(
+                    staged, options.precision, calibration, external, progress
+                )
+                pruned = canonicalize(modelfile.open_model(staged / "model.onnx"))
+                notes += precision["notes"]
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
                 quality = data.compare(
                     modelfile.open_model(source_path),
-                    pruned,
+                    running,
                     progress,
                     lambda feed: cut_arrays(feed, plan.interfaces),
+                    native=bool(precision),
                 )
                 refuse_loss(quality, options)
         report = Report(
@@ -235,6 +247,7 @@ def optimize(
             check=proof_json(proof),
             repair={"method": repair, "consumers": repaired, "calibration": data.described()},
             quality=quality,
+            precision=precision,
             budget={} if outcome is None else outcome.report,
             latency={} if outcome is None or outcome.latency is None else outcome.latency,
             options={**options.model_dump(mode="json"), "fractions": fractions},
@@ -291,6 +304,10 @@ def check(
     model = canonicalize(modelfile.open_model(source))
     feeds = None if inputs is None else load_feeds(inputs, model)
     result = canonicalize(modelfile.open_model(pruned))
+    if needs_upcast(result) and not needs_upcast(model):
+        raise UserError(
+            f"{pruned} was converted to 16 bits after its proof; repeat the proof with optimize --precision none"
+        )
     proof = check_masked(model, recipe, result, feeds=feeds, tolerance=tolerance, step=progress)
     _refuse_failure(proof)
     return proof

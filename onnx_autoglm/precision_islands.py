@@ -114,9 +114,10 @@ def find_islands(
     tops = set(model.graph)
     step("ranges of the weights")
     for node in all_nodes:
-        reason = _obstacle(node, signatures[node], kind, dict(opsets)) or _misfit(node, kind, ranges, masked)
+        reason = _obstacle(node, signatures[node], kind, dict(opsets))
         if wide_masks and any(value.name in masked for value in (*inputs_of(node), *node.outputs)):
             reason = reason or MASKS
+        reason = reason or _misfit(node, kind, ranges, masked)
         if ranges is not None and node not in tops:
             reason = reason or BODY
         if reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from onnx_autoglm.passes.convert_precision import (
 )
 from onnx_autoglm.plan import sha256
 from onnx_autoglm.precision_distance import Distance, as_inputs, distance, runnable
+from onnx_autoglm.precision_options import PrecisionOptions
 from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.report import finite, quality_lines
 from onnx_autoglm.runtime import Session
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "onnx-autoglm/conversion", 1
 SELF_TOKENS = 1024  # text that a model writes to measure ranges on
+UNMEASURED = "ranges were measured on generated inputs only: pass --calib PATH for inputs as they will come"
 COMPARED = 4  # feeds on which source and result are run side by side
 
 Progress = Callable[[str], None]
@@ -125,52 +127,105 @@ def convert(
         external = True
     source = canonicalize(modelfile.open_model(path))
     calibration, evaluation, notes = _data(source, path, options, progress)
-    feeds = _feeds(source, calibration, progress)
-    settings = ConvertPrecision(wanted.precision, wanted.io_precision, wanted.keep_logits_fp32)
-    result, report = convert_precision(opened, settings, feeds, progress=progress)
+    feeds = range_feeds(source, () if calibration is None else calibration)
     with staging(folder) as staged:
-        progress("write")
-        modelfile.save_model(result, staged / "model.onnx", external=external)
-        notes += check_onnx(staged / "model.onnx", path)
-        notes += _check_loads(staged / "model.onnx", path, wanted.precision)
-        written = modelfile.open_model(staged / "model.onnx")
-        progress("compare")
-        kind = FORMATS[wanted.precision]
-        difference = distance(source, written, kind, report.low, feeds[:COMPARED])
-        if difference.reason:
-            raise CheckFailed(
-                f"{wanted.precision} overflows: {difference.reason}; pass data with --calib PATH"
-            )
-        if not difference.within:
-            notes.append(
-                f"the result is further from the source than rounding explains (rms {difference.rms:.1e}): judge it on data "
-                "with --eval, or try the other format"
-            )
+        target = staged / "model.onnx"
+        found = convert_file(path, target, options.precision, feeds, external=external, progress=progress)
+        written = modelfile.open_model(target)
         quality: dict[str, Any] = {}
         if evaluation is not None:
-            running = runnable(written, kind)
+            running = runnable(written, FORMATS[wanted.precision])
             inputs = (as_inputs(feed, running.graph.inputs) for feed in evaluation)
-            found = compare(source, running, evaluation, model_feeds=inputs, native=True, step=progress)
-            quality = {"data": _described(evaluation), **found.as_json()}
-        outcome = Conversion(
+            outcome = compare(source, running, evaluation, model_feeds=inputs, native=True, step=progress)
+            quality = {"data": _described(evaluation), **outcome.as_json()}
+        report = Conversion(
             source=_weight(opened, path.name, sha256(path)),
-            result=_weight(written, "model.onnx", sha256(staged / "model.onnx")),
-            conversion=report,
+            result=_weight(written, target.name, sha256(target)),
+            conversion=found.conversion,
             data={
                 "ranges": "generated inputs" if calibration is None else _described(calibration),
                 "feeds": len(feeds),
             },
-            difference=difference,
+            difference=found.difference,
             quality=quality,
             options=options.model_dump(mode="json"),
             versions=versions(),
-            notes=list(dict.fromkeys(notes)),
+            notes=list(dict.fromkeys([*notes, *found.notes])),
             seconds=round(time.perf_counter() - started, 3),
         )
-        text = json.dumps(outcome.as_json(), indent=1, allow_nan=False)
+        text = json.dumps(report.as_json(), indent=1, allow_nan=False)
         (staged / "report.json").write_text(text + "\n")
         publish(staged, folder)
-    return outcome
+    return report
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted file: what was done, how far it is from the source, and notes for the user."""
+
+    conversion: PrecisionReport
+    difference: Distance
+    notes: tuple[str, ...]
+
+
+def convert_file(
+    source: Path,
+    target: Path,
+    wanted: PrecisionOptions,
+    feeds: list[Arrays],
+    *,
+    external: bool | None = None,
+    progress: Progress = lambda _: None,
+) -> Converted:
+    """Converts a model file, writes the result to another, checks that as others will see it, and compares both.
+
+    Raises:
+        UserError: the model cannot be converted.
+        CheckFailed: the result does not load, or overflows where the source does not.
+    """
+    assert wanted.precision != "none"
+    kind = FORMATS[wanted.precision]
+    settings = ConvertPrecision(wanted.precision, wanted.io_precision, wanted.keep_logits_fp32)
+    result, report = convert_precision(modelfile.open_model(source), settings, feeds, progress=progress)
+    progress("write")
+    modelfile.save_model(result, target, external=external)
+    notes = [*check_onnx(target, source), *_check_loads(target, source, wanted.precision)]
+    progress("compare")
+    written = modelfile.open_model(target)
+    difference = distance(modelfile.open_model(source), written, kind, report.low, feeds[:COMPARED])
+    if difference.reason:
+        raise CheckFailed(f"{wanted.precision} overflows: {difference.reason}; pass data with --calib PATH")
+    if not difference.within:
+        notes.append(
+            f"the result is further from the source than rounding explains (rms {difference.rms:.1e}): judge it on data "
+            "with --eval, or try the other format"
+        )
+    return Converted(report, difference, tuple(notes))
+
+
+def convert_staged(
+    staged: Path,
+    wanted: PrecisionOptions,
+    calibration: list[Arrays],
+    external: bool | None,
+    progress: Progress,
+) -> tuple[dict[str, Any], ir.Model]:
+    """Converts the model of a folder in place; returns what a report says of it, and the model as it runs here."""
+    target = staged / "converted" / "model.onnx"
+    feeds = range_feeds(modelfile.open_model(staged / "model.onnx"), calibration)
+    found = convert_file(staged / "model.onnx", target, wanted, feeds, external=external, progress=progress)
+    for file in target.parent.iterdir():
+        file.replace(staged / file.name)
+    target.parent.rmdir()
+    done = found.conversion
+    notes = [
+        f"{done.low} of {done.nodes} nodes compute in {done.precision}; report.json has the others",
+        *found.notes,
+    ]
+    if not calibration and done.measured:
+        notes.append(UNMEASURED)
+    running = runnable(modelfile.open_model(staged / "model.onnx"), FORMATS[done.precision])
+    return {**dataclasses.asdict(found), "notes": notes}, running
 
 
 def _data(
@@ -205,28 +260,25 @@ def _data(
                     f"--calib self: {error}; pass --calib PATH (a text, or .npz samples)"
                 ) from error
     if calibration is None and options.precision.precision == "fp16":
-        notes.append(
-            "ranges were measured on generated inputs only: pass --calib PATH for inputs as they will come"
-        )
+        notes.append(UNMEASURED)
     return calibration, evaluation, notes
 
 
-def _feeds(model: ir.Model, calibration: Dataset | None, progress: Progress) -> list[Arrays]:
+def range_feeds(model: ir.Model, calibration: Iterable[Arrays]) -> list[Arrays]:
     """Generated inputs of several sizes, with holes in masks, and the calibration data behind them.
 
     Raises UserError if there are no data and no generated input runs.
     """
-    progress("inputs")
-    floats = upcast(model)
+    floats, given = upcast(model), list(calibration)
     session = Session(floats)
     feeds: list[Arrays] = []
     for variant in VARIANTS:
         try:
             feeds.append(first_working(session, candidate_feeds(floats, variant=variant)))
         except UserError:
-            if calibration is None and variant is VARIANTS[0]:
+            if not given and variant is VARIANTS[0]:
                 raise
-    return [*feeds, *(calibration or ())]
+    return [*feeds, *given]
 
 
 def _check_loads(result: Path, source: Path, precision: str) -> list[str]:
