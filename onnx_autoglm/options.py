@@ -340,10 +340,7 @@ def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Optio
 
 
 def collect_as(model: type[Model], given: Mapping[str, Any], config: Path | str | None = None) -> Model:
-    """Options from keywords (named as the flags) over a configuration file.
-
-    Raises UserError for an unknown keyword or a value that is not allowed.
-    """
+    """Options from keywords (named as the flags) over a configuration file; UserError for what is not allowed."""
     known = {flag.keyword: flag for flag in flags(model)}
     data = {} if config is None else read_config(Path(config))
     for keyword, value in given.items():

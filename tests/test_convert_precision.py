@@ -162,6 +162,17 @@ def test_a_mask_whose_value_counts_is_not_moved() -> None:
     assert not report.masks and types(result)["masked"] == "FLOAT" and types(result)["scores"] == "FLOAT16"
 
 
+def test_infinities_in_a_mask_stay() -> None:
+    text = MASKED.replace("float never", "float[5] never")
+    never = np.array([LOWEST, -np.inf, LOWEST, LOWEST, -np.inf], np.float32)
+    source = model(text, weights={"k": noise(16, 16, scale=0.1), "never": never, "zero": scalar(0)})
+    keep = np.tril(np.ones((5, 5), bool))
+    result, report = converted(source, {"x": noise(2, 5, 16), "keep": keep})
+    assert report.masks == ["never"]
+    moved = result.graph.initializers["never/float16"].const_value
+    assert moved is not None and moved.numpy().tolist() == [-49120, -np.inf, -49120, -49120, -np.inf]
+
+
 def test_a_mask_in_range_beside_which_scores_would_vanish_stays_in_float32() -> None:
     """In bfloat16 65,504 swallows what float32 keeps."""
     keep = np.zeros((5, 5), bool)
