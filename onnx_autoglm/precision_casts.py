@@ -36,11 +36,10 @@ class Rewriter:
         for graph in graphs:
             self._type(graph, is_main=graph is self._model.graph)
         for graph in graphs:
-            for node in list(graph):
+            for node in [node for node in graph if node in self._islands.signatures]:  # no new casts
                 for index, value in enumerate(node.inputs):
-                    if is_float(value) and value is not None and value not in self._casts.values():
-                        wanted = self._islands.reads(node, index)
-                        node.replace_input_with(index, self._as(value, wanted))
+                    if value is not None and is_float(value):
+                        node.replace_input_with(index, self._as(value, self._islands.reads(node, index)))
         for graph in graphs:
             self._outputs(graph)
         for value, dtype in self._types.items():
@@ -101,22 +100,26 @@ class Rewriter:
     def _outputs(self, graph: ir.Graph) -> None:
         """Gives what a graph returns the type that is expected of it."""
         owner = self._owners.get(graph)
-        for index, value in enumerate(graph.outputs):
-            if not is_float(value):
-                continue
-            if owner is None:
-                wanted = self._interface[value.name or ""]
-            else:
-                wanted = self._islands.makes(owner, index) if owner.op_type == "If" else ir.DataType.FLOAT
-            if self._types.get(value, ir.DataType.FLOAT) == wanted:
-                continue
-            graph.outputs[index] = self._returned(graph, value, wanted)
+        returned = [
+            (index, value, self._returns(owner, value, index))
+            for index, value in enumerate(graph.outputs)
+            if is_float(value)
+        ]
+        for index, value, wanted in returned:
+            if self._types.get(value, ir.DataType.FLOAT) != wanted:
+                graph.outputs[index] = self._returned(graph, value, wanted)
+
+    def _returns(self, owner: ir.Node | None, value: ir.Value, index: int) -> ir.DataType:
+        """The type that is expected of an output of the model, or of a body of `owner`."""
+        if owner is None:
+            return self._interface[value.name or ""]
+        return self._islands.makes(owner, index) if owner.op_type == "If" else ir.DataType.FLOAT
 
     def _returned(self, graph: ir.Graph, value: ir.Value, wanted: ir.DataType) -> ir.Value:
         """What is returned in place of a value of another type, under the name of that value."""
         result = self._as(value, wanted)
-        if value.graph is not graph or result.graph is not graph:  # from around the body
-            return result
+        if value.graph is not graph or result.graph is not graph or result.is_graph_output():
+            return result  # it is from around the body, or returned twice
         name = value.name
         value.name = self._name(value, self._types.get(value, ir.DataType.FLOAT))
         result.name = name

@@ -257,3 +257,26 @@ def test_emulation_rounds_what_nodes_make() -> None:
     expected = np.square(product).astype(half).astype(np.float32)
     actual = Session(emulate(source)).run({"x": x.astype(np.float32)})["y"]
     assert (expected == actual).mean() > 0.95  # sums in another order may round otherwise
+
+
+def test_a_value_that_is_cast_inside_nested_bodies() -> None:
+    text = """
+    g (float[b,16] x, bool flag) => (float[b,16] y) <float[16,16] a>
+    {
+      h = MatMul(x, a)
+      y = If (flag) <
+        then_branch = t () => (float[b,16] ty) {
+          r = MatMul(h, a)
+          ty = If (flag) <
+            then_branch = tt () => (float[b,16] tty) { s = Sinh(r) u = Sinh(h) tty = Add(s, u) },
+            else_branch = te () => (float[b,16] tey) { tey = Relu(r) }
+          >
+        },
+        else_branch = e () => (float[b,16] ey) { ey = Identity(h) }
+      >
+    }
+    """
+    source = model(text, weights={"a": noise(16, 16, scale=0.1)})
+    for precision in ("fp16", "bf16"):
+        for flag in (True, False):
+            converted(source, {"x": noise(4, 16), "flag": np.array(flag)}, precision)
