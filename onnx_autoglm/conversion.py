@@ -192,7 +192,7 @@ def convert_file(
     notes = [*check_onnx(target, source), *_check_loads(target, source, wanted.precision)]
     progress("compare")
     written = modelfile.open_model(target)
-    difference = distance(modelfile.open_model(source), written, kind, report.low, feeds[:COMPARED])
+    difference = distance(modelfile.open_model(source), written, kind, feeds[:COMPARED])
     if difference.reason:
         raise CheckFailed(f"{wanted.precision} overflows: {difference.reason}; pass data with --calib PATH")
     if not difference.within:

@@ -9,11 +9,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.cast_tensor import cast_tensor
+from onnx_autoglm.cast_tensor import largest as largest_of
 from onnx_autoglm.dataset import Arrays
 from onnx_autoglm.emulate import emulate
 from onnx_autoglm.precision_ranges import BFLOAT16, Format
 from onnx_autoglm.runtime import Session, compare
-from onnx_autoglm.upcast import upcast
+from onnx_autoglm.upcast import Float32Tensor, upcast
+
+SMALL_BYTES = 256  # smaller constants (exponents, tables of angles) are no weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,14 @@ class Distance:
     """How far a result is from its source, on `feeds` inputs.
 
     `largest` is the worst max|a-b| / max|a| over outputs and inputs, and `output` where that was; `rms` the worst root
-    mean square of the difference over that of the output. `expected` is what rounding alone may do to `rms`: twice
-    the format's rounding error times the square root of the number of operations, since errors add up at random.
-    `reason` says why it is infinite.
+    mean square of the difference over that of the output. `rounding` is what `rms` would be if the source only had
+    its weights rounded to the format: how much a network amplifies rounding, which no conversion can help. `expected`
+    is four times that, but at least eight roundings. `reason` says why the distance is infinite.
     """
 
     largest: float
     rms: float
+    rounding: float
     expected: float
     output: str
     feeds: int
@@ -44,29 +49,47 @@ def runnable(model: ir.Model, kind: Format) -> ir.Model:
     return emulate(model) if kind is BFLOAT16 else model
 
 
-def distance(
-    source: ir.Model, result: ir.Model, kind: Format, operations: int, feeds: Iterable[Arrays]
-) -> Distance:
+def distance(source: ir.Model, result: ir.Model, kind: Format, feeds: Iterable[Arrays]) -> Distance:
     """Runs both side by side: the source in float32, the result in its own types (`runnable`).
 
     Raises UserError if one of them does not run.
     """
     floats, running = upcast(source), runnable(result, kind)
-    before, after = Session(floats), Session(running)
-    largest, rms, output, count, reason = 0.0, 0.0, "", 0, None
+    before, after, rounded = Session(floats), Session(running), Session(_with_rounded_weights(source, kind))
+    largest, rms, rounding, output, count, reason = 0.0, 0.0, 0.0, "", 0, None
     for feed in feeds:
         count += 1
-        expected = before.run(as_inputs(feed, floats.graph.inputs))
+        given = as_inputs(feed, floats.graph.inputs)
+        expected = before.run(given)
+        rounding = max(rounding, _worst_rms(expected, rounded.run(given)))
         actual = after.run(as_inputs(feed, running.graph.inputs))
         found = compare(expected, actual)
         reason = reason or found.reason
         if found.relative >= largest:
             largest, output = found.relative, found.output or ""
         if found.reason is None:
-            rms = max([rms, *(_rms(expected[name], actual[name]) for name in expected)])
+            rms = max(rms, _worst_rms(expected, actual))
     if reason is not None:
         rms = math.inf
-    return Distance(largest, rms, 2 * kind.roundoff * math.sqrt(operations), output, count, reason)
+    bound = 4 * max(rounding, 2 * kind.roundoff)
+    return Distance(largest, rms, rounding, bound, output, count, reason)
+
+
+def _with_rounded_weights(source: ir.Model, kind: Format) -> ir.Model:
+    """The source in float32, with every weight that fits the format rounded to it."""
+    model = upcast(source)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.nbytes <= SMALL_BYTES:
+                continue
+            if largest_of(tensor) <= kind.highest:
+                value.const_value = Float32Tensor(cast_tensor(tensor, kind.dtype))
+    return model
+
+
+def _worst_rms(expected: Arrays, actual: Arrays) -> float:
+    return max((_rms(expected[name], actual[name]) for name in expected), default=0.0)
 
 
 def as_inputs(feed: Arrays, inputs: Sequence[ir.Value]) -> Arrays:

@@ -107,11 +107,11 @@ def convert_precision(
     result, report = _convert(model, options, feeds, move_masks=True, progress=progress)
     if not feeds:
         return result, report
-    near = distance(model, result, kind, report.low, feeds[:_FEW])
+    near = distance(model, result, kind, feeds[:_FEW])
     if near.within:
         return result, report
     other = _convert(model, options, feeds, move_masks=False, progress=progress)
-    kept = distance(model, other[0], kind, other[1].low, feeds[:_FEW])
+    kept = distance(model, other[0], kind, feeds[:_FEW])
     return (result, report) if near.rms <= 2 * kept.rms else other
 
 

@@ -5,7 +5,8 @@
 Every row is one run of `onnx-autoglm convert` as users run it, with the ranges measured on generated inputs. float16 runs
 in ONNX Runtime as it is; bfloat16, for which its CPU has hardly any kernels, runs in float32 with every result of an
 operator rounded. A row passes if the source runs, the result passes the ONNX checker, loads and runs, its distance from the
-source (root mean square) is what rounding explains, and no cast undoes another.
+source (root mean square) is what rounding explains, and no cast undoes another. The column `weights` is the distance
+of the source with only its weights rounded; the limit is four times that, and at least eight roundings.
 
 `detours` are casts there and back around operators that only move numbers; where an operator has no 16 bits they must be.
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _HEADER = (
-    f"{'model':36} {'to':5} {'weights':>8} {'16 bits':>9} {'largest':>8} {'rms':>8} {'limit':>8} "
+    f"{'model':36} {'to':5} {'bytes':>8} {'16 bits':>9} {'largest':>8} {'rms':>8} {'weights':>8} {'limit':>8} "
     f"{'casts':>6} {'cancel':>6} {'twice':>6} {'detours':>7}  verdict"
 )
 
@@ -93,7 +94,7 @@ def _line(row: dict[str, Any]) -> str:
     share = row["result"]["bytes"] / row["source"]["bytes"]
     return (
         f"{start}{share:8.3f} {done['low']:4}/{done['nodes']:4} {found['largest']:8.1e} {found['rms']:8.1e} "
-        f"{found['expected']:8.1e} {casts['all']:6} {casts['cancelling']:6} {casts['repeated']:6} {casts['detours']:7}  "
+        f"{found['rounding']:8.1e} {found['expected']:8.1e} {casts['all']:6} {casts['cancelling']:6} {casts['repeated']:6} {casts['detours']:7}  "
         f"{verdict}"
     )
 
