@@ -27,7 +27,7 @@ class Distance:
     `largest` is the worst max|a-b| / max|a| over outputs and inputs, and `output` where that was; `rms` the worst root
     mean square of the difference over that of the output. `rounding` is what `rms` would be if the source only had
     its weights rounded to the format: how much a network amplifies rounding, which no conversion can help. `expected`
-    is four times that, but at least eight roundings. `reason` says why the distance is infinite.
+    is eight times that (activations are rounded more often than weights), but at least eight roundings. `reason` says why the distance is infinite.
     """
 
     largest: float
@@ -71,7 +71,7 @@ def distance(source: ir.Model, result: ir.Model, kind: Format, feeds: Iterable[A
             rms = max(rms, _worst_rms(expected, actual))
     if reason is not None:
         rms = math.inf
-    bound = 4 * max(rounding, 2 * kind.roundoff)
+    bound = 8 * max(rounding, kind.roundoff)
     return Distance(largest, rms, rounding, bound, output, count, reason)
 
 

@@ -6,7 +6,7 @@ Every row is one run of `onnx-autoglm convert` as users run it, with the ranges 
 in ONNX Runtime as it is; bfloat16, for which its CPU has hardly any kernels, runs in float32 with every result of an
 operator rounded. A row passes if the source runs, the result passes the ONNX checker, loads and runs, its distance from the
 source (root mean square) is what rounding explains, and no cast undoes another. The column `weights` is the distance
-of the source with only its weights rounded; the limit is four times that, and at least eight roundings.
+of the source with only its weights rounded; the limit is eight times that, and at least eight roundings.
 
 `detours` are casts there and back around operators that only move numbers; where an operator has no 16 bits they must be.
 """
