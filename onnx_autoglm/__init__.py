@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from onnx_autoglm.bench_options import BenchOptions
     from onnx_autoglm.bench_report import Bench
     from onnx_autoglm.bench_run import bench
+    from onnx_autoglm.conversion import Conversion, convert
     from onnx_autoglm.engine import build
     from onnx_autoglm.engine_options import EngineOptions
     from onnx_autoglm.engine_report import EngineReport
@@ -30,6 +31,7 @@ __all__ = [
     "Bench",
     "BenchOptions",
     "CheckFailed",
+    "Conversion",
     "EngineOptions",
     "EngineReport",
     "Evaluation",
@@ -45,6 +47,7 @@ __all__ = [
     "bench",
     "build",
     "check",
+    "convert",
     "evaluate",
     "inspect",
     "optimize",
@@ -63,6 +66,8 @@ _HOMES = {
     "EngineOptions": "onnx_autoglm.engine_options",
     "EngineReport": "onnx_autoglm.engine_report",
     "check": "onnx_autoglm.pipeline",
+    "convert": "onnx_autoglm.conversion",
+    "Conversion": "onnx_autoglm.conversion",
     "evaluate": "onnx_autoglm.evaluation",
     "Evaluation": "onnx_autoglm.evaluation",
     "inspect": "onnx_autoglm.pipeline",

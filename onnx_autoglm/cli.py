@@ -13,9 +13,10 @@ import click
 
 from onnx_autoglm.cli_run import bench, generate, serve
 from onnx_autoglm.cli_shared import console, option_of, progress_line
+from onnx_autoglm.convert_options import ConvertOptions
 from onnx_autoglm.engine_options import EngineOptions, engine_options
 from onnx_autoglm.errors import CheckFailed, UserError
-from onnx_autoglm.options import TOLERANCE, DataOptions, Options, collect, flags
+from onnx_autoglm.options import TOLERANCE, DataOptions, collect, collect_as, flags
 from onnx_autoglm.quantization.options import QuantizationOptions
 
 FIXABLE, FAILED, INTERRUPTED = 1, 3, 130
@@ -63,6 +64,7 @@ def cli() -> None:
     onnx-autoglm generate model.onnx --prompt "The capital of France is"
     onnx-autoglm serve model.onnx              an OpenAI-compatible server
     onnx-autoglm bench model.onnx out/model.onnx   how much faster, at what load
+    onnx-autoglm convert model.onnx -o out --precision fp16
     """
 
 
@@ -93,7 +95,7 @@ def optimize(model: Path, output: Path | None, config: Path | None, quiet: bool,
       onnx-autoglm optimize model.onnx -o out --prune ffn-channel=0.3 --scope global --align 8
       onnx-autoglm optimize model.onnx -o out --config pruning.yaml
     """
-    options: Options = collect({**given, "prune": ",".join(given["prune"])}, config)
+    options = collect({**given, "prune": ",".join(given["prune"])}, config)
     folder = output or model.with_name(f"{model.stem}-pruned")
     from onnx_autoglm import pipeline
 
@@ -259,6 +261,30 @@ def build(model: Path, output: Path | None, quiet: bool, **given: Any) -> None:
         report = run(model, output or model.with_suffix(".engine"), engine_options(given), progress=progress)
     if not quiet:
         click.echo("\n".join(report.lines()))
+
+
+@cli.command(params=[option_of(flag) for flag in flags(ConvertOptions)])
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder.")
+@click.option("-q", "--quiet", is_flag=True, help="Only errors.")
+def convert(model: Path, output: Path, quiet: bool, **given: Any) -> None:
+    """Convert MODEL to float16 or bfloat16, with parts in float32 where 16 bits do not do, and compare both.
+
+    Writes model.onnx (+ model.onnx.data) and report.json into the output folder, or nothing.
+
+    \b
+    Examples:
+      onnx-autoglm convert model.onnx -o out --precision fp16
+      onnx-autoglm convert model.onnx -o out --precision fp16 --calib text.txt --eval other.txt
+      onnx-autoglm convert model.onnx -o out --precision bf16 --io-precision bf16 --keep-logits-fp32
+    """
+    from onnx_autoglm.conversion import convert as run
+
+    with progress_line(quiet) as progress:
+        report = run(model, output, collect_as(ConvertOptions, given), progress=progress)
+    if not quiet:
+        report.print(console(sys.stdout))
+        click.echo(f"written to {output}")
 
 
 class _Sweep(click.Command):

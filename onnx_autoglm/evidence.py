@@ -21,6 +21,7 @@ from onnx_autoglm.passes.score_blocks import score_blocks
 from onnx_autoglm.passes.score_energy import score_energy
 from onnx_autoglm.passes.score_norm import Scores
 from onnx_autoglm.plan import Plan, cut_arrays
+from onnx_autoglm.precision_distance import as_inputs
 from onnx_autoglm.quality import compare, find_scores
 from onnx_autoglm.self_text import write_texts
 from onnx_autoglm.statistics import Key, Moments, Observed, key_of, observe
@@ -121,15 +122,19 @@ class Data:
         result: ir.Model,
         progress: Progress,
         adapt: Callable[[Arrays], Arrays] = lambda feed: feed,
+        *,
+        native: bool = False,
     ) -> dict[str, Any]:
         """Quality of both models on the evaluation set, and how near they are to each other.
 
-        `adapt` makes a feed of the result from one of the source, where inputs of the graph shrank.
+        `adapt` makes a feed of the result from one of the source, where inputs of the graph shrank. With `native` the
+        result runs in its own types, 16-bit ones too.
         """
         data = self.evaluation
         assert data is not None
-        feeds = feeds_for(data, result) or (adapt(feed) for feed in data)
-        outcome = compare(source, result, data, model_feeds=feeds, step=progress)
+        cut = feeds_for(data, result) or (adapt(feed) for feed in data)
+        feeds = (as_inputs(feed, result.graph.inputs) for feed in cut)
+        outcome = compare(source, result, data, model_feeds=feeds, native=native, step=progress)
         return {"data": _described(data), **outcome.as_json()}
 
 

@@ -26,12 +26,13 @@ from onnx_autoglm.criterion_names import BUILT_IN, CriterionOption
 from onnx_autoglm.engine_choice import EngineChoice
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.kinds import KINDS, LOSSY
+from onnx_autoglm.precision_options import PrecisionOptions
 from onnx_autoglm.quantization.options import QuantizationStage
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
 from onnx_autoglm.validation import validated
 
 DEFAULT_FRACTION = 0.25
-T = TypeVar("T", bound=BaseModel)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Options(BaseModel):
@@ -291,6 +292,7 @@ class Options(_Options):
         description="Closed-form repair of the consumers' weights on calibration data: affine (least squares with a "
         "bias), bias (the mean of what went), none. auto is affine with data and none without.",
     )
+    precision: PrecisionOptions = PrecisionOptions()
     quantization: QuantizationStage = QuantizationStage()
     check: CheckOptions = CheckOptions()
 
@@ -340,16 +342,13 @@ def flags(model: type[BaseModel] = Options, path: tuple[str, ...] = ()) -> Itera
         )
 
 
-def collect(
-    given: Mapping[str, Any],
-    config: Path | str | None = None,
-    model: type[T] = Options,  # type: ignore[assignment]
-) -> T:
-    """Options from keywords (named as the flags) over a configuration file.
+def collect(given: Mapping[str, Any], config: Path | str | None = None) -> Options:
+    """The options of `optimize`, as `collect_as`."""
+    return collect_as(Options, given, config)
 
-    Raises:
-        UserError: an unknown keyword or a value that is not allowed.
-    """
+
+def collect_as(model: type[Model], given: Mapping[str, Any], config: Path | str | None = None) -> Model:
+    """Options from keywords (named as the flags) over a configuration file; UserError for what is not allowed."""
     known = {flag.keyword: flag for flag in flags(model)}
     data = {} if config is None else read_config(Path(config))
     for keyword, value in given.items():
@@ -366,16 +365,12 @@ def collect(
             target[section] = dict(inner)
             target = target[section]
         target[name] = value
-    return make_options(data, str(config) if config else "options", model)
+    return validated(model, data, str(config) if config else "options")
 
 
-def make_options(
-    data: dict[str, Any],
-    where: str,
-    model: type[T] = Options,  # type: ignore[assignment]
-) -> T:
+def make_options(data: dict[str, Any], where: str) -> Options:
     """Validates options. Raises UserError with one line per mistake."""
-    return validated(model, data, where)
+    return validated(Options, data, where)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
 from onnx_autoglm.consumers import normed_values
+from onnx_autoglm.conversion import convert_staged
 from onnx_autoglm.criteria import score
 from onnx_autoglm.cut import analyse, apply_selection
 from onnx_autoglm.engine_stage import add_engine
@@ -237,14 +238,25 @@ def optimize(
             repair = "none"
             notes.append("no consumer could be repaired; report.json has the reasons")
             plan = dataclasses.replace(plan, repair=repair)
+        precision: dict[str, Any] = {}
+        running = pruned
+        if options.precision.precision != "none":
+            with clock("convert precision"):
+                calibration = [] if data.calibration is None else [feed for _, feed in data.pairs(plan)]
+                precision, running = convert_staged(
+                    staged, options.precision, calibration, external, progress
+                )
+                pruned = canonicalize(modelfile.open_model(staged / "model.onnx"))
+                notes += precision["notes"]
         quality: dict[str, Any] = {}
         if data.evaluation is not None:
             with clock("quality"):
                 quality = data.compare(
                     modelfile.open_model(source_path),
-                    pruned,
+                    running,
                     progress,
                     lambda feed: cut_arrays(feed, plan.interfaces),
+                    native=bool(precision),
                 )
                 refuse_loss(quality, options)
         quantization: dict[str, Any] = {}
@@ -268,6 +280,7 @@ def optimize(
             check=proof_json(proof),
             repair={"method": repair, "consumers": repaired, "calibration": data.described()},
             quality=quality,
+            precision=precision,
             budget={} if outcome is None else outcome.report,
             quantization=quantization,
             latency={} if outcome is None or outcome.latency is None else outcome.latency,
@@ -325,6 +338,10 @@ def check(
     model = canonicalize(modelfile.open_model(source))
     feeds = None if inputs is None else load_feeds(inputs, model)
     result = canonicalize(modelfile.open_model(pruned))
+    if needs_upcast(result) and not needs_upcast(model):
+        raise UserError(
+            f"{pruned} was converted to 16 bits after its proof; repeat the proof with optimize --precision none"
+        )
     proof = check_masked(model, recipe, result, feeds=feeds, tolerance=tolerance, step=progress)
     _refuse_failure(proof)
     return proof

@@ -133,6 +133,7 @@ def compare(
     *,
     reference_feeds: Iterable[Arrays] | None = None,
     model_feeds: Iterable[Arrays] | None = None,
+    native: bool = False,
     step: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
     """Measures two models and their distance in one pass.
@@ -143,12 +144,13 @@ def compare(
         data: what to run; both models must score the same tokens or classes.
         reference_feeds: the data as feeds of the reference where it takes other inputs (smaller caches).
         model_feeds: the same for the model.
+        native: run the model in its own types, 16-bit ones too, and without optimisation; else in float32.
         step: told which run it is.
 
     Raises:
         UserError: as `measure`, or the scores of both cannot be compared.
     """
-    scorers = (_Scorer(reference, data, "the reference"), _Scorer(model, data, "the model"))
+    scorers = (_Scorer(reference, data, "the reference"), _Scorer(model, data, "the model", native))
     feeds = (reference_feeds or data.feeds, model_feeds or data.feeds)
     tallies, distance = (_Tally(), _Tally()), _Distance()
     for number, pair in enumerate(zip(*feeds, strict=True), 1):
@@ -179,10 +181,11 @@ def compare(
 class _Scorer:
     """Runs a model and returns its scores as rows."""
 
-    def __init__(self, model: ir.Model, data: Dataset, who: str) -> None:
+    def __init__(self, model: ir.Model, data: Dataset, who: str, native: bool = False) -> None:
         self._data, self._who = data, who
         self.output = find_scores(model, data, who)
-        self._session = Session(upcast(model) if needs_upcast(model) else model, optimize=True)
+        in_float32 = needs_upcast(model) and not native
+        self._session = Session(upcast(model) if in_float32 else model, optimize=not native)
 
     def rows(self, feed: Arrays, number: int) -> np.ndarray:
         """Scores `[positions, classes]` of the run with this number."""

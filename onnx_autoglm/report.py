@@ -143,6 +143,7 @@ class Report:
     check: dict[str, Any]
     repair: dict[str, Any]
     quality: dict[str, Any]
+    precision: dict[str, Any]
     budget: dict[str, Any]
     quantization: dict[str, Any]
     latency: dict[str, Any]

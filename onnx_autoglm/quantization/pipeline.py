@@ -19,7 +19,7 @@ from onnx_autoglm.evidence import Data
 from onnx_autoglm.feed_roles import token_roles
 from onnx_autoglm.latency import time_in_turns
 from onnx_autoglm.latency_table import workload
-from onnx_autoglm.options import DataOptions, Options, collect
+from onnx_autoglm.options import DataOptions, Options, collect_as
 from onnx_autoglm.output import publish, staging
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.plan import sha256
@@ -68,7 +68,7 @@ def quantize(
         UserError: something the user can mend; nothing was written.
         CheckFailed: a check of the result failed; nothing was written.
     """
-    options = collect(given, config, QuantizeOptions)
+    options = collect_as(QuantizeOptions, given, config)
     if options.quantization.scheme == "none":
         raise UserError("--quantize none leaves nothing to do: choose auto, w8a8, w8, w4 or fp8")
     path, folder = Path(model), Path(output)
