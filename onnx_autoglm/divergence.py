@@ -24,20 +24,29 @@ class Loss:
 
     `divergence` is KL(source || trial) per position in nats for scores of tokens or classes, otherwise the
     squared error of the outputs relative to their variance. `likelihood` is the mean negative log-likelihood of
-    the right answers and `accuracy` how many are ranked first, where there are right answers.
+    the right answers, `before` that of the source, and `accuracy` how many are ranked first, where there are right
+    answers.
     """
 
     divergence: float
     likelihood: float = math.nan
     accuracy: float = math.nan
+    before: float = math.nan
+
+    @property
+    def excess(self) -> float:
+        """By what share perplexity grows; the divergence where there are no right answers."""
+        if math.isnan(self.likelihood) or math.isnan(self.before):
+            return self.divergence
+        return math.expm1(min(self.likelihood - self.before, 700.0))
 
     @classmethod
     def mean(cls, total: npt.NDArray[np.float64]) -> Loss:
         """From sums of `Reference.compare`."""
-        _, divergence, likelihood, correct = total / max(total[0], 1)
+        _, divergence, likelihood, correct, before = total / max(total[0], 1)
         if not math.isfinite(divergence):
             return cls(math.inf, math.inf, 0.0)
-        return cls(float(divergence), float(likelihood), float(correct))
+        return cls(float(divergence), float(likelihood), float(correct), float(before))
 
 
 def reference_for(model: ir.Model, data: Dataset) -> Reference:
@@ -46,7 +55,11 @@ def reference_for(model: ir.Model, data: Dataset) -> Reference:
     `model` becomes the graph of the trial, with outputs of its own.
     """
     scores = _scores(model, data)
-    return _Outputs(model) if scores is None else _Scores(model, scores, is_text=data.labels is None)
+    return (
+        _Outputs(model)
+        if scores is None
+        else _Scores(model, scores, None if data.labels is not None else data.token_input)
+    )
 
 
 def _scores(model: ir.Model, data: Dataset) -> ScoreOutput | None:
@@ -65,13 +78,18 @@ class Reference(abc.ABC):
     source: ir.Model
     trial: ir.Model
 
+    def prepare(self, feed: Arrays, targets: Labels | None) -> Arrays:
+        """What the source's graph is run on."""
+        return feed
+
     @abc.abstractmethod
     def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
         """The feed with what `compare` needs of the source's outputs."""
 
     @abc.abstractmethod
     def compare(self, feed: Arrays, outputs: Arrays) -> npt.NDArray[np.float64]:
-        """Positions, and over them the sums of divergences, negative log-likelihoods and right answers."""
+        """Positions, and over them the sums of divergences, negative log-likelihoods, right answers, and negative
+        log-likelihoods of the source."""
 
 
 class _Outputs(Reference):
@@ -98,14 +116,14 @@ class _Outputs(Reference):
             a = array.astype(np.float64)
             error = float(np.square(a - outputs[name].astype(np.float64)).sum())
             total += error / max(float(np.square(a - a.mean()).sum()), 1e-30)
-        return np.array([1.0, total / len(expected), math.nan, math.nan])
+        return np.array([1.0, total / len(expected), math.nan, math.nan, math.nan])
 
 
 class _Scores(Reference):
     """Scores of tokens or classes: the probabilities of the source's likeliest ones and of the right answer."""
 
-    def __init__(self, model: ir.Model, scores: ScoreOutput, *, is_text: bool) -> None:
-        self._is_text = is_text
+    def __init__(self, model: ir.Model, scores: ScoreOutput, token_input: str | None) -> None:
+        self._token_input = token_input
         self.source, self.trial = model.clone(), model
         size = _last_size(model, scores.name)
         count = np.array([min(_LIKELIEST, size or _LIKELIEST)])
@@ -127,31 +145,38 @@ class _Scores(Reference):
                 graph.append(top)
                 top.outputs[0].name, top.outputs[1].name = "trial/logs", "trial/answers"
                 graph.outputs.extend(top.outputs)
+                graph.outputs.append(self._picked(graph, logs.outputs[0], "trial/right", "trial/known"))
             else:
-                index = ir.Value(
-                    name="trial/answers",
-                    type=ir.TensorType(ir.DataType.INT64),
-                    shape=ir.Shape([None] * (3 if is_text else 2)),
-                )
-                graph.inputs.append(index)
-                picked = ir.node("GatherElements", [logs.outputs[0], index], {"axis": -1})
-                picked.outputs[0].dtype, picked.outputs[0].name = kind, "trial/logs"
-                graph.append(picked)
-                graph.outputs.append(picked.outputs[0])
+                graph.outputs.append(self._picked(graph, logs.outputs[0], "trial/answers", "trial/logs"))
             common.RemoveUnusedNodesPass()(target)
 
-    def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
-        answers = outputs["trial/answers"]
+    def _picked(self, graph: ir.Graph, logs: ir.Value, index: str, name: str) -> ir.Value:
+        """The log-probabilities of the answers that an input asks for."""
+        asked = ir.Value(
+            name=index,
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([None] * (2 if self._token_input is None else 3)),
+        )
+        graph.inputs.append(asked)
+        picked = ir.node("GatherElements", [logs, asked], {"axis": -1})
+        picked.outputs[0].dtype, picked.outputs[0].name = logs.dtype or ir.DataType.FLOAT, name
+        graph.append(picked)
+        return picked.outputs[0]
+
+    def prepare(self, feed: Arrays, targets: Labels | None) -> Arrays:
         assert targets is not None
-        if self._is_text:  # the last position of a window has no right answer
-            rows = targets.reshape(len(answers), -1)
+        right = targets
+        if self._token_input is not None:  # the last position of a window has no right answer
+            rows = targets.reshape(len(feed[self._token_input]), -1)
             right = np.concatenate([rows, np.full((len(rows), 1), -1)], axis=1)
-        else:
-            right = targets
+        return feed | {"trial/right": np.maximum(right, 0)[..., None], "trial/counts": right >= 0}
+
+    def remember(self, feed: Arrays, outputs: Arrays, targets: Labels | None) -> Arrays:
+        answers, right = outputs["trial/answers"], feed["trial/right"]
         return feed | {
-            "trial/answers": np.concatenate([answers, np.maximum(right, 0)[..., None]], axis=-1),
+            "trial/answers": np.concatenate([answers, right], axis=-1),
             "trial/expected": outputs["trial/logs"].astype(np.float64),
-            "trial/counts": right >= 0,
+            "trial/known": outputs["trial/known"].astype(np.float64)[..., 0],
         }
 
     def compare(self, feed: Arrays, outputs: Arrays) -> npt.NDArray[np.float64]:
@@ -164,7 +189,10 @@ class _Scores(Reference):
         other = np.maximum(1 - np.exp(actual).sum(axis=-1), 1e-9)
         divergence += rest * (np.log(rest) - np.log(other))
         correct = right >= actual.max(axis=-1)
-        return np.array([float(len(logs)), divergence.sum(), -right.sum(), float(correct.sum())])
+        known = feed["trial/known"][counts]
+        return np.array(
+            [float(len(logs)), divergence.sum(), -right.sum(), float(correct.sum()), -known.sum()]
+        )
 
 
 def _last_size(model: ir.Model, output: str) -> int | None:

@@ -59,7 +59,7 @@ class Trial:
         feeds = []
         for count, number in enumerate(numbers, 1):
             step(f"trial, source {count} of {len(numbers)}")
-            feed = data.feeds[number]
+            feed = self._reference.prepare(data.feeds[number], data.targets(number))
             outputs = session.run({name: feed[name] for name in session.input_names if name in feed})
             feeds.append(self._reference.remember(feed, outputs, data.targets(number)))
         self._feeds = feeds
@@ -74,7 +74,7 @@ class Trial:
         for slot in self._slots:
             if selection.touches(slot.consumer.contraction.dim):
                 given.update(self._weights(slot, selection, quick))
-        total = np.zeros(4)
+        total = np.zeros(5)
         for feed in self._feeds:
             known = {name: feed[name] for name in self._session.input_names if name in feed}
             total += self._reference.compare(feed, self._session.run(known | given))

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnx_autoglm.quantization.absorb import Folding
 from onnx_autoglm.quantization.calibrate import Recording
-from onnx_autoglm.quantization.output_error import OutputError, weight_of
+from onnx_autoglm.quantization.output_error import OUTPUTS, OutputError, weight_of
 from onnx_autoglm.quantization.ranges import mse_of_rows
 from onnx_autoglm.quantization.weights import nearest
 
@@ -84,6 +84,24 @@ def fold(model: ir.Model, folding: Folding, scales: Floats) -> None:
         value = model.graph.initializers[place.initializer]
         assert value.const_value is not None
         value.const_value = scaled(value.const_value, scales[folding.groups], place.input_axis)
+    for name in folding.lookups:
+        _divide(model.graph, nodes[name], (1 / scales[folding.groups]).astype(np.float32))
+
+
+def _divide(graph: ir.Graph, lookup: ir.Node, factors: Floats) -> None:
+    """Multiplies the rows that a node looks up."""
+    found = lookup.outputs[0]
+    kind = found.dtype or ir.DataType.FLOAT
+    tensor = ir.Tensor(factors.astype(kind.numpy()), dtype=kind)
+    own = ir.Value(name=f"{found.name}/smoothed", const_value=tensor)
+    own.shape, own.dtype = ir.Shape(factors.shape), kind
+    graph.register_initializer(own)
+    product = ir.node("Mul", [found, own])
+    product.outputs[0].type, product.outputs[0].shape = found.type, found.shape
+    ir.convenience.replace_all_uses_with(found, product.outputs[0], replace_graph_outputs=True)
+    product.replace_input_with(0, found)
+    graph.insert_after(lookup, product)
+    product.outputs[0].name, found.name = found.name, f"{found.name}/looked_up"
 
 
 def _replace(graph: ir.Graph, node: ir.Node, operand: int, factors: Floats, axis: int) -> None:
@@ -117,7 +135,7 @@ def _best(
     model: ir.Model, folding: Folding, recording: Recording, strengths: Sequence[float]
 ) -> tuple[float | None, Floats | None, float, float]:
     """The strength with the least error, its scales per group, and the errors before and after."""
-    products = [(recording.of(place).rows, weight_of(model, place)) for place in folding.places]
+    products = [(recording.of(place).rows, weight_of(model, place, OUTPUTS)) for place in folding.places]
     groups = int(folding.groups.max()) + 1
     columns = len(folding.groups)
     size, weight_size = np.zeros(groups, np.float32), np.zeros(groups, np.float32)
@@ -125,6 +143,8 @@ def _best(
     for _, weight in products:
         np.maximum.at(weight_size, folding.groups, np.abs(weight).reshape(columns, -1).max(axis=1))
     before = _error(products)
+    if folding.lookups:
+        before += _table_error(products[0][1], np.ones(columns, np.float32))
     best: tuple[float | None, Floats | None, float] = (None, None, before)
     if not (size > 0).any() or not all(rows.size for rows, _ in products):
         return None, None, before, before
@@ -137,10 +157,20 @@ def _best(
         for rows, weight in products:
             spread = np.repeat(scales[folding.groups], len(weight) // columns)
             changed.append((rows / spread, weight * spread[:, None]))
-        errors[strength] = error = _error(changed)
+        error = _error(changed)
+        if folding.lookups:
+            error += _table_error(products[0][1], scales[folding.groups])
+        errors[strength] = error
         if error < best[2] * (_GAIN if best[0] is None else 1):
             best = (strength, scales, error)
     return best[0], best[1], before, best[2]
+
+
+def _table_error(weight: Floats, scales: Floats) -> float:
+    """What 8 bits leave of the rows of a table, kept with its columns scaled; relative per row. `weight` is `[k, rows]`."""
+    restored = nearest(weight * scales[:, None], clip=False).floats() / scales[:, None]
+    squares = np.maximum(np.square(weight).sum(axis=0), 1e-30)
+    return float((np.square(restored - weight).sum(axis=0) / squares).mean())
 
 
 def _uphill(strengths: Sequence[float], error: Callable[[float], float]) -> Iterator[float]:

@@ -37,6 +37,9 @@ class WeightWriter:
         path = node.inputs[place.operand]
         assert path is not None
         source = self._graph.initializers[place.initializer]
+        if self._is_looked_up(source) and decision.scheme == "w8" and self._target == "cpu":
+            node.replace_input_with(place.operand, self._turned(source, weight))
+            return
         plain = self._plain(source, place, weight, is_fp8=decision.scheme == "fp8")
         node.replace_input_with(place.operand, self._retraced(node, plain, path))
         if self._target == "cpu":
@@ -85,6 +88,26 @@ class WeightWriter:
         self._stored[key] = node.outputs[0]
         if weight.bits == 8 and not is_fp8 and place.channel_axis == 0 and len(shape) == 2:
             self._tables[place.initializer] = (integers, factors)
+        return node.outputs[0]
+
+    def _is_looked_up(self, source: ir.Value) -> bool:
+        return self._lookups and any(user.op_type == "Gather" for user, _ in source.uses())
+
+    def _turned(self, source: ir.Value, weight: Quantized) -> ir.Value:
+        """The weight `[k, n]` as a tensor of its own: ONNX Runtime unpacks on every run what two nodes share, unless the
+        activation is quantized too."""
+        tensor = source.const_value
+        assert tensor is not None
+        name, kind = f"{source.name}/int8/turned", tensor.dtype
+        integers = self._initializer(
+            name, lazy(name, ir.DataType.INT8, weight.values.shape, lambda: weight.values), ir.DataType.INT8
+        )
+        factors = self._array(f"{name}/scale", weight.scales[0].astype(kind.numpy()), kind)
+        zero = self._array(f"{name}/zero", np.zeros(weight.scales[0].shape, np.int8), ir.DataType.INT8)
+        node = ir.node("DequantizeLinear", [integers, factors, zero], {"axis": 1}, name=f"{name}/dequantize")
+        node.outputs[0].name = f"{name}/dequantized"
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), integers.shape
+        self._graph.insert_before(next(iter(self._graph)), node)
         return node.outputs[0]
 
     def _retraced(self, before: ir.Node, weight: ir.Value, path: ir.Value) -> ir.Value:

@@ -66,6 +66,18 @@ agraph (float[B,16,8,8] x) => (float[B,32] y)
 """
 
 
+TIED = """
+agraph (int64[B,S] ids) => (float[B,S,2048] y)
+<float[2048,32] table, float[32] g>
+{
+  x = Gather(table, ids)
+  h = Mul(x, g)
+  t = Transpose<perm=[1,0]>(table)
+  y = MatMul(h, t)
+}
+"""
+
+
 def gated() -> ir.Model:
     return model(GATED, weights=CONSTANTS)
 
@@ -274,10 +286,7 @@ def test_four_bits_per_block(target: Target) -> None:
 
 
 def test_a_tied_table_is_one_table_of_integers() -> None:
-    source = model(
-        """agraph (int64[B,S] ids) => (float[B,S,2048] y) <float[2048,32] table, float[32] g>
-        { x = Gather(table, ids) h = Mul(x, g) t = Transpose<perm=[1,0]>(table) y = MatMul(h, t) }"""
-    )
+    source = model(TIED)
     feed = feed_of(source)
     results = [quantized(source, target) for target in ("cpu", "tensorrt")]  # type: ignore[arg-type]
     for result in results:
@@ -338,3 +347,28 @@ def test_the_result_passes_the_checker(tmp_path: Path) -> None:
     for target in ("cpu", "tensorrt"):
         save_model(quantized(model(CONV), target), tmp_path / f"{target}.onnx")  # type: ignore[arg-type]
         onnx.checker.check_model(str(tmp_path / f"{target}.onnx"), full_check=True)
+
+
+def test_a_tied_table_takes_scales_over_and_lookups_undo_them() -> None:
+    source = model(TIED)
+    structures = analyse(source.clone())
+    (place,) = find_places(structures)[0]
+    folding = find_folding(structures.analysis, [place])
+    assert folding.lookups == ("x",)
+    changed = source.clone()
+    fold(changed, folding, np.exp(np.random.default_rng(0).normal(size=32)).astype(np.float32))
+    feed = feed_of(source)
+    expected, found = (Session(one).run(feed)["y"] for one in (source, changed))
+    assert np.allclose(expected, found, rtol=1e-4, atol=1e-4)
+    assert ops(changed)["Mul"] == 2
+
+
+def test_a_tied_table_of_weights_alone_runs_in_an_integer_kernel(tmp_path: Path) -> None:
+    source = model(TIED)
+    result = quantized(source, "cpu", "w8")
+    save_model(result, tmp_path / "model.onnx")
+    found = audit(tmp_path / "model.onnx", decisions(source, "w8"))
+    assert found.holds and found.kernels == {"MatMulNBits": 1}
+    feed = feed_of(source)
+    other = quantized(source, "tensorrt", "w8")
+    assert np.allclose(evaluate(result, feed)[0], evaluate(other, feed)[0], rtol=1e-5, atol=1e-5)

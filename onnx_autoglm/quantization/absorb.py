@@ -46,12 +46,17 @@ class Absorber:
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """An activation whose column j may be divided by scale `groups[j]`, and the constants that do it."""
+    """An activation whose column j may be divided by scale `groups[j]`, and the constants that do it.
+
+    `lookups` are nodes, by their first output, that look rows up in the weight of the only place: a table of embeddings
+    that is the output layer as well. What they find is to be divided again, by one more node.
+    """
 
     activation: str
     groups: Indices
     absorbers: tuple[Absorber, ...]
     places: tuple[Place, ...]
+    lookups: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +78,14 @@ def find_folding(analysis: Analysis, places: Sequence[Place]) -> Folding:
     value = next(v for v in readers[0].inputs if v is not None and v.name == places[0].activation)
     if value.is_graph_output() or {user for user, _ in value.uses()} != set(readers):
         raise Refusal("something else reads it too")
+    lookups: list[str] = []
     for place, node in zip(places, readers, strict=True):
         weight = node.inputs[place.operand]
         assert weight is not None
-        if len(analysis.graph.initializers[place.initializer].uses()) > 1 or len(weight.uses()) > 1:
+        lookups += _lookups(analysis.graph.initializers[place.initializer], place)
+        if len(weight.uses()) > 1 + (len(lookups) if weight.is_initializer() else 0) or (
+            lookups and len(places) > 1
+        ):
             raise Refusal(f"the weight of {place.label} has other readers")
         if place.op == "Conv" and node.attributes.get_int("group", 1) > 1:
             raise Refusal(f"{place.label} is grouped")
@@ -104,7 +113,19 @@ def find_folding(analysis: Analysis, places: Sequence[Place]) -> Folding:
         if (counts != 1).any():
             raise Refusal("one entry of what makes it stands for several columns that differ")
         absorbers.append(Absorber(entry.node.outputs[0].name or "", entry.operand, entry.axis, scale_of))
-    return Folding(value.name or "", groups, tuple(absorbers), tuple(places))
+    return Folding(value.name or "", groups, tuple(absorbers), tuple(places), tuple(lookups))
+
+
+def _lookups(table: ir.Value, place: Place) -> list[str]:
+    """The nodes that look rows up in the weight of a place. Raises Refusal for other readers beside the place's own."""
+    others = [(user, index) for user, index in table.uses() if user.op_type == "Gather"]
+    own = len(table.uses()) - len(others)
+    fits = place.input_axis == 1 and all(
+        index == 0 and user.attributes.get_int("axis", 0) == 0 for user, index in others
+    )
+    if own != 1 or table.is_graph_output() or (others and not fits):
+        raise Refusal(f"the weight of {place.label} has other readers")
+    return [user.outputs[0].name or "" for user, _ in others]
 
 
 def _groups(dim: Dim, shared: Sequence[Atom]) -> Indices:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnx_autoglm.quantization.calibrate import Recording
 from onnx_autoglm.quantization.histogram import Histogram
-from onnx_autoglm.quantization.output_error import OutputError, weight_of
+from onnx_autoglm.quantization.output_error import OUTPUTS, OutputError, weight_of
 from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.ranges import candidates, mse
 from onnx_autoglm.quantization.schemes import Range
@@ -62,7 +62,7 @@ def _choose(
 ) -> Range:
     proposed = candidates(recording.histogram)
     errors_of = [
-        OutputError(recording.of(place).rows, weight_of(model, place))
+        OutputError(recording.of(place).rows, weight_of(model, place, OUTPUTS))
         for place in places
         if len(recording.of(place).rows)
     ]

@@ -11,6 +11,7 @@ from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Scheme
 
 _SUSPECTS = 24
+_RUNS = 2  # for the sensitivity of one; sums are measured on all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ def mix(
     always: Sequence[str] = (),
     step: Callable[[str], None] = lambda _: None,
 ) -> Mix:
-    """The most that may be rounded with a measured divergence of at most `limit` (nats, or relative squared error).
+    """The most that may be rounded with a measured loss of at most `limit` (`Loss.excess`).
 
     Of the activations with the largest errors each is rounded alone first, which tells its sensitivity; that of the rest
     follows from their errors in proportion. Then those fall back that lower the loss most for the time they cost, as few
@@ -60,27 +61,27 @@ def mix(
     """
     names = [unit.activation for unit in units]
     everything = rehearsal.measure([*names, *always])
-    if everything.divergence <= limit:
+    if everything.excess <= limit:
         return Mix(frozenset(names), everything, {})
-    base = rehearsal.measure(always)
+    base = rehearsal.measure(always, _RUNS)
     suspects = sorted(units, key=lambda unit: -unit.error)[:_SUSPECTS]
     sensitivity = {}
     for number, unit in enumerate(suspects, 1):
         step(f"sensitivity {number} of {len(suspects)}: {unit.activation}")
-        alone = rehearsal.measure([unit.activation, *always])
+        alone = rehearsal.measure([unit.activation, *always], _RUNS)
         sensitivity[unit.activation] = max(alone.divergence - base.divergence, 0.0)
     ratio = sum(sensitivity.values()) / max(sum(unit.error for unit in suspects), 1e-30)
     for unit in units:
         sensitivity.setdefault(unit.activation, ratio * unit.error)
     order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / max(unit.cost, 1e-9))
     low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
-    best = (frozenset[str](), base)
+    best = (frozenset[str](), rehearsal.measure(always))
     while high - low > 1:
         middle = (low + high) // 2
         step(f"mix: {middle} of {len(order)} fall back")
         chosen = frozenset(unit.activation for unit in order[middle:])
         loss = rehearsal.measure([*chosen, *always])
-        if loss.divergence <= limit:
+        if loss.excess <= limit:
             high, best = middle, (chosen, loss)
         else:
             low = middle

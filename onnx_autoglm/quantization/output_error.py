@@ -6,20 +6,26 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnx_autoglm.patches import spread_out
 from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.ranges import LEVELS
 from onnx_autoglm.quantization.weights import Quantized
 
 Floats = npt.NDArray[np.float32]
+OUTPUTS = 4096  # of a product, that choices are tried on
 
 
-def weight_of(model: ir.Model, place: Place) -> Floats:
-    """The weight of a place as `[k, n]`, contracted inputs first (kernel positions among them)."""
+def weight_of(model: ir.Model, place: Place, outputs: int | None = None) -> Floats:
+    """The weight of a place as `[k, n]`, contracted inputs first (kernel positions among them).
+
+    Args: `outputs` is how many at most are taken, evenly spread; all by default.
+    """
     tensor = model.graph.initializers[place.initializer].const_value
     assert tensor is not None
-    array = np.asarray(tensor.numpy()).astype(np.float32)
-    outputs = np.moveaxis(array, place.channel_axis, -1)
-    return np.ascontiguousarray(outputs.reshape(-1, outputs.shape[-1]))
+    array = np.moveaxis(np.asarray(tensor.numpy()), place.channel_axis, -1)
+    if outputs is not None:
+        array = array[..., spread_out(array.shape[-1], outputs)]
+    return np.ascontiguousarray(array.reshape(-1, array.shape[-1]), dtype=np.float32)
 
 
 def rounded(rows: Floats, threshold: float) -> Floats:

@@ -48,7 +48,7 @@ class Rehearsal:
         self._feeds: list[Arrays] = []
         for count, number in enumerate(numbers, 1):
             step(f"source {count} of {len(numbers)}")
-            feed = data.feeds[number]
+            feed = before.prepare(data.feeds[number], data.targets(number))
             outputs = session.run({name: feed[name] for name in session.input_names if name in feed})
             self._feeds.append(before.remember(feed, outputs, data.targets(number)))
         del session
@@ -59,8 +59,11 @@ class Rehearsal:
             _runnable(reference_for(rounded, data).trial), optimize=True, prepack=False, scratch=scratch
         )
 
-    def measure(self, chosen: Mapping[str, float] | Sequence[str]) -> Loss:
-        """The loss when the chosen activations are rounded; a mapping gives thresholds of its own."""
+    def measure(self, chosen: Mapping[str, float] | Sequence[str], runs: int | None = None) -> Loss:
+        """The loss when the chosen activations are rounded; a mapping gives thresholds of its own.
+
+        Args: `runs` limits the feeds that it is measured on.
+        """
         own = chosen if isinstance(chosen, Mapping) else {}
         given: Arrays = {}
         for name, threshold in self._thresholds.items():
@@ -71,8 +74,8 @@ class Rehearsal:
                 values = (threshold * _FINE, -np.inf, np.inf)
             for part, value in zip(_PARTS, values, strict=True):
                 given[_input(name, part)] = np.array(value, np.float32)
-        total = np.zeros(4)
-        for feed in self._feeds:
+        total = np.zeros(5)
+        for feed in self._feeds[:runs]:
             known = {name: feed[name] for name in self._session.input_names if name in feed}
             total += self._before.compare(feed, self._session.run(known | given))
         return Loss.mean(total)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from onnx_autoglm.upcast import needs_upcast, upcast
 
 Progress = Callable[[str], None]
 PREFILL, DECODE = 128, 1  # rows at which products are timed
-_MEASURED = 3  # runs of the calibration set on which losses are measured
+_MEASURED = 16  # runs of the calibration set on which losses are measured, at most
 _SAME = (
     1e-3  # relative difference that folding and smoothing may leave: rounding of weights that were rescaled
 )
@@ -146,7 +145,7 @@ def plan_quantization(
     schemes: dict[str, Scheme] = {}
     if scheme in ("auto", "w8a8"):
         assert data is not None
-        limit = math.log1p(options.max_loss if max_loss is None else max_loss)
+        limit = options.max_loss if max_loss is None else max_loss
         units = _units(places, times, ranges)
         found = _mix(
             source,
