@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 
 from onnx_autoglm.options import Flag, flags
 from onnx_autoglm.validation import validated
@@ -33,7 +33,7 @@ def option_of(flag: Flag) -> click.Option:
         settings["type"] = click.Choice([str(value) for value in get_args(kind)])
     elif get_origin(kind) is tuple or flag.metavar == "KIND=FRACTION":
         settings["multiple"] = True
-    elif kind in (int, float):
+    elif kind in (int, float) and not any(isinstance(item, BeforeValidator) for item in flag.field.metadata):
         settings["type"] = kind
     if isinstance(default, str | int | float):
         settings["help"] = f"{flag.field.description}  [default: {default}]"

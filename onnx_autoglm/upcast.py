@@ -68,6 +68,14 @@ def upcast(model: ir.Model) -> ir.Model:
     return result
 
 
+def upcast_arrays(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Feeds of a 16-bit model as its copy in float32 takes them."""
+    return {
+        name: array.astype(np.float32) if ir.DataType.from_numpy(array.dtype) in HALF_TYPES else array
+        for name, array in arrays.items()
+    }
+
+
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from model.graph.all_nodes()
     for function in model.functions.values():

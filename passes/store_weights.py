@@ -231,12 +231,8 @@ def _keep_apart(product: ir.Node) -> None:
     """Writes the sum of a product of two matrices and a constant as Sum instead of Add: the same, but ONNX Runtime would
     make one float Gemm of product and Add before it looks for integers."""
     output = product.outputs[0]
-    if (
-        product.op_type != "MatMul"
-        or len(output.uses()) != 1
-        or output.shape is None
-        or len(output.shape) != 2
-    ):
+    is_stack = output.shape is not None and len(output.shape) != 2
+    if product.op_type != "MatMul" or len(output.uses()) != 1 or is_stack:
         return
     ((user, index),) = output.uses()
     if user.op_type == "Add" and (other := user.inputs[1 - index]) is not None and other.is_initializer():

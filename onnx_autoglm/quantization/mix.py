@@ -11,10 +11,11 @@ from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Scheme
 
 _SUSPECTS = 24
+_LEAST_COST = 0.2  # of the time that goes with the multiply-adds of a unit
 _RUNS = 2  # for the sensitivity of one; sums are measured on all
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Unit:
     """The products that read one activation: they round it together, or not at all.
 
@@ -35,11 +36,15 @@ class Unit:
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """The activations that are rounded, the loss that was measured with them, and what each one adds alone."""
+    """The activations that are rounded, the loss that was measured with them, and what each one adds alone.
+
+    `everything` is the loss with all of them rounded.
+    """
 
     rounded: frozenset[str]
     loss: Loss
     sensitivity: Mapping[str, float]
+    everything: Loss
 
 
 def mix(
@@ -62,7 +67,7 @@ def mix(
     names = [unit.activation for unit in units]
     everything = rehearsal.measure([*names, *always])
     if everything.excess <= limit:
-        return Mix(frozenset(names), everything, {})
+        return Mix(frozenset(names), everything, {}, everything)
     base = rehearsal.measure(always, _RUNS)
     suspects = sorted(units, key=lambda unit: -unit.error)[:_SUSPECTS]
     sensitivity = {}
@@ -73,7 +78,10 @@ def mix(
     ratio = sum(sensitivity.values()) / max(sum(unit.error for unit in suspects), 1e-30)
     for unit in units:
         sensitivity.setdefault(unit.activation, ratio * unit.error)
-    order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / max(unit.cost, 1e-9))
+    macs = max(sum(unit.macs for unit in units), 1)
+    # Measured times are noisy: what falls back costs something, or the least sensitive would be the first to go.
+    costs = {unit: max(unit.cost, _LEAST_COST * unit.macs / macs) for unit in units}
+    order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / costs[unit])
     low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
     best = (frozenset[str](), rehearsal.measure(always))
     while high - low > 1:
@@ -85,4 +93,4 @@ def mix(
             high, best = middle, (chosen, loss)
         else:
             low = middle
-    return Mix(best[0], best[1], sensitivity)
+    return Mix(best[0], best[1], sensitivity, everything)

@@ -138,7 +138,9 @@ def quantize_into(
             left_alone=[dataclasses.asdict(entry) for entry in plan.refused],
             share=_shares(plan),
             smoothed=plan.smoothed,
-            loss={} if plan.mix is None else dataclasses.asdict(plan.mix.loss),
+            loss={}
+            if plan.mix is None
+            else {name: dataclasses.asdict(getattr(plan.mix, name)) for name in ("loss", "everything")},
             quality=quality,
             audit=audits,
             latency=latency,

@@ -16,7 +16,7 @@ from onnx_autoglm.dataset import Arrays, Dataset
 from onnx_autoglm.divergence import Loss, reference_for
 from onnx_autoglm.quantization.ranges import LEVELS
 from onnx_autoglm.runtime import Session
-from onnx_autoglm.upcast import needs_upcast, upcast
+from onnx_autoglm.upcast import needs_upcast, upcast, upcast_arrays
 
 _FINE = 2.0**-22  # of the threshold: a step so fine that rounding to it changes nothing in float32
 
@@ -48,7 +48,9 @@ class Rehearsal:
         self._feeds: list[Arrays] = []
         for count, number in enumerate(numbers, 1):
             step(f"source {count} of {len(numbers)}")
-            feed = before.prepare(data.feeds[number], data.targets(number))
+            feed = data.feeds[number]
+            feed = upcast_arrays(feed) if needs_upcast(source) else feed
+            feed = before.prepare(feed, data.targets(number))
             outputs = session.run({name: feed[name] for name in session.input_names if name in feed})
             self._feeds.append(before.remember(feed, outputs, data.targets(number)))
         del session
