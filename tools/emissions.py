@@ -26,8 +26,10 @@ from onnx_autoglm.feeds import generate_feeds
 from onnx_autoglm.modelfile import open_model
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.quantization.audit import audit
+from onnx_autoglm.quantization.decide import decide
+from onnx_autoglm.quantization.emit import emit
 from onnx_autoglm.quantization.options import QuantizationOptions
-from onnx_autoglm.quantization.run import emit, plan_quantization
+from onnx_autoglm.quantization.prepare import prepare
 from onnx_autoglm.quantization.schemes import Target
 
 LARGEST = 32 << 20  # bytes of weights: the reference evaluator is slow
@@ -58,7 +60,8 @@ def look_at(path: Path, rtx: bool) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
-            plan = plan_quantization(source, data, options, folder / "scratch")
+            prepared = prepare(source, data, options, folder / "scratch")
+            plan = decide(source, prepared, data, options, folder / "scratch")
             targets: tuple[Target, ...] = ("cpu", "tensorrt")
             files = {target: emit(plan, target, path, folder, options, lambda _: None) for target in targets}
         except UserError as error:

@@ -38,13 +38,14 @@ class Unit:
 class Mix:
     """The activations that are rounded, the loss that was measured with them, and what each one adds alone.
 
-    `everything` is the loss with all of them rounded.
+    `everything` is the loss with all of them rounded, `nothing` that with none: of the weights.
     """
 
     rounded: frozenset[str]
     loss: Loss
     sensitivity: Mapping[str, float]
     everything: Loss
+    nothing: Loss
 
 
 def mix(
@@ -52,6 +53,7 @@ def mix(
     units: Sequence[Unit],
     limit: float,
     always: Sequence[str] = (),
+    known: Mix | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Mix:
     """The most that may be rounded with a measured loss of at most `limit` (`Loss.excess`).
@@ -63,11 +65,38 @@ def mix(
 
     Args:
         always: names that are rounded in any case (results of convolutions).
+        known: an earlier result for the same units, whose measurements are used again.
     """
     names = [unit.activation for unit in units]
-    everything = rehearsal.measure([*names, *always])
+    everything = known.everything if known else rehearsal.measure([*names, *always])
+    nothing = known.nothing if known else rehearsal.measure(always)
     if everything.excess <= limit:
-        return Mix(frozenset(names), everything, {}, everything)
+        return Mix(frozenset(names), everything, {}, everything, nothing)
+    sensitivity = (
+        known.sensitivity if known and known.sensitivity else _sensitivity(rehearsal, units, always, step)
+    )
+    macs = max(sum(unit.macs for unit in units), 1)
+    # Measured times are noisy: what falls back costs something, or the least sensitive would be the first to go.
+    costs = {unit: max(unit.cost, _LEAST_COST * unit.macs / macs) for unit in units}
+    order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / costs[unit])
+    low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
+    best = (frozenset[str](), nothing)
+    while high - low > 1:
+        middle = (low + high) // 2
+        step(f"mix: {middle} of {len(order)} fall back")
+        chosen = frozenset(unit.activation for unit in order[middle:])
+        loss = rehearsal.measure([*chosen, *always])
+        if loss.excess <= limit:
+            high, best = middle, (chosen, loss)
+        else:
+            low = middle
+    return Mix(best[0], best[1], sensitivity, everything, nothing)
+
+
+def _sensitivity(
+    rehearsal: Rehearsal, units: Sequence[Unit], always: Sequence[str], step: Callable[[str], None]
+) -> dict[str, float]:
+    """What rounding each activation alone adds to the divergence."""
     base = rehearsal.measure(always, _RUNS)
     suspects = sorted(units, key=lambda unit: -unit.error)[:_SUSPECTS]
     sensitivity = {}
@@ -78,19 +107,4 @@ def mix(
     ratio = sum(sensitivity.values()) / max(sum(unit.error for unit in suspects), 1e-30)
     for unit in units:
         sensitivity.setdefault(unit.activation, ratio * unit.error)
-    macs = max(sum(unit.macs for unit in units), 1)
-    # Measured times are noisy: what falls back costs something, or the least sensitive would be the first to go.
-    costs = {unit: max(unit.cost, _LEAST_COST * unit.macs / macs) for unit in units}
-    order = sorted(units, key=lambda unit: -sensitivity[unit.activation] / costs[unit])
-    low, high = 0, len(order)  # so many fall back: too few, and enough (or all)
-    best = (frozenset[str](), rehearsal.measure(always))
-    while high - low > 1:
-        middle = (low + high) // 2
-        step(f"mix: {middle} of {len(order)} fall back")
-        chosen = frozenset(unit.activation for unit in order[middle:])
-        loss = rehearsal.measure([*chosen, *always])
-        if loss.excess <= limit:
-            high, best = middle, (chosen, loss)
-        else:
-            low = middle
-    return Mix(best[0], best[1], sensitivity, everything)
+    return sensitivity

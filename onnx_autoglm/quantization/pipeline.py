@@ -23,9 +23,12 @@ from onnx_autoglm.options import DataOptions, Options, collect_as
 from onnx_autoglm.output import publish, staging
 from onnx_autoglm.passes.canonicalize import canonicalize
 from onnx_autoglm.plan import sha256
+from onnx_autoglm.quantization.decide import PREFILL, Plan, decide
+from onnx_autoglm.quantization.emit import audited, emit
+from onnx_autoglm.quantization.mix import Mix
 from onnx_autoglm.quantization.options import QuantizationOptions
+from onnx_autoglm.quantization.prepare import prepare
 from onnx_autoglm.quantization.report import QuantizationReport, products
-from onnx_autoglm.quantization.run import PREFILL, Plan, audited, emit, plan_quantization
 from onnx_autoglm.quantization.schemes import FILES, Scheme, Target
 from onnx_autoglm.runtime import Session
 from onnx_autoglm.summary import versions
@@ -33,8 +36,9 @@ from onnx_autoglm.summary import versions
 Progress = Callable[[str], None]
 REPORT = "quantization.json"
 _ATTEMPTS = 3  # to meet the limit of loss on the evaluation data
-_TIGHTER = 0.5  # times the limit, when one attempt missed it
+_SAFE = 0.85  # of what activations may add, when one attempt missed the limit
 _RUNS = 15
+_LOSSES = ("loss", "everything", "nothing")
 
 
 class QuantizeOptions(BaseModel):
@@ -109,10 +113,12 @@ def quantize_into(
     targets: list[Target] = ["cpu", "tensorrt"] if options.target == "all" else [options.target]
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=folder, ignore_cleanup_errors=True) as name:
         scratch = Path(name)
+        prepared = prepare(source, data.calibration, options, scratch, progress)
+        plan: Plan | None = None
         limit = options.max_loss
-        for attempt in range(_ATTEMPTS):
-            plan = plan_quantization(
-                source, data.calibration, options, scratch / str(attempt), progress, max_loss=limit
+        for _ in range(_ATTEMPTS):
+            plan = decide(
+                source, prepared, data.calibration, options, scratch, progress, limit=limit, before=plan
             )
             files = {target: emit(plan, target, path, folder, options, progress) for target in targets}
             measured = next((target for target in targets if target == "cpu"), targets[0])
@@ -120,7 +126,8 @@ def quantize_into(
             missed = _missed(quality, options)
             if not missed or plan.mix is None:
                 break
-            limit *= _TIGHTER
+            limit = _tighter(plan.mix, quality, options.max_loss)
+        assert plan is not None
         if missed:
             raise UserError(missed)
         notes = [*data.notes, *plan.notes]
@@ -140,7 +147,7 @@ def quantize_into(
             smoothed=plan.smoothed,
             loss={}
             if plan.mix is None
-            else {name: dataclasses.asdict(getattr(plan.mix, name)) for name in ("loss", "everything")},
+            else {name: dataclasses.asdict(getattr(plan.mix, name)) for name in _LOSSES},
             quality=quality,
             audit=audits,
             latency=latency,
@@ -174,13 +181,30 @@ def _missed(quality: dict[str, Any], options: QuantizationOptions) -> str:
     """Why the limit of loss does not hold, or nothing. Weights alone are not bound by it: nothing could fall back."""
     if not quality or quality["metric"] == "agreement" or options.scheme not in ("auto", "w8a8"):
         return ""
-    ratio = quality["ratio"] if quality["metric"] == "perplexity" else 2 - quality["ratio"]
-    if not math.isfinite(ratio) or ratio > 1 + options.max_loss:
+    lost = _lost(quality)
+    if not math.isfinite(lost) or lost > options.max_loss:
         return (
-            f"quantizing loses {ratio - 1:.1%} on {quality['data']['name']}, more than the limit of {options.max_loss:.1%}, "
+            f"quantizing loses {lost:.1%} on {quality['data']['name']}, more than the limit of {options.max_loss:.1%}, "
             "whatever falls back: raise --max-loss, or pass calibration data (--calib) that is more like it"
         )
     return ""
+
+
+def _lost(quality: dict[str, Any]) -> float:
+    """The share of quality that was lost: of perplexity, or of top-1."""
+    ratio = float(quality["ratio"])
+    return ratio - 1 if quality["metric"] == "perplexity" else 1 - ratio
+
+
+def _tighter(found: Mix, quality: dict[str, Any], limit: float) -> float:
+    """The limit on calibration data that would have met the limit on evaluation data.
+
+    Weights alone are taken to lose the same on both, and what activations add to grow in proportion.
+    """
+    weights, rehearsed, measured = found.nothing.excess, found.loss.excess, _lost(quality)
+    if not weights < limit < measured:
+        return weights
+    return weights + (rehearsed - weights) * (limit - weights) / (measured - weights) * _SAFE
 
 
 def _latency(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -112,3 +113,11 @@ def _why_not(node: ir.Node, operand: int, initializer: ir.Value, sizes: list[int
     is_depthwise = node.op_type == "Conv" and node.attributes.get_int("group", 1) == sizes[0]
     narrow = sizes[0] if is_depthwise else min(sizes[0], math.prod(sizes[1:]))
     return f"it is narrower than {NARROW}: {sizes[0]} x {math.prod(sizes[1:])}" if narrow < NARROW else ""
+
+
+def by_activation(places: Iterable[Place]) -> dict[str, list[Place]]:
+    """The places that read each activation, by its name."""
+    found: dict[str, list[Place]] = {}
+    for place in places:
+        found.setdefault(place.activation, []).append(place)
+    return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from onnx_autoglm.quantization.run import Plan
+from onnx_autoglm.quantization.decide import Plan
 from onnx_autoglm.report import finite, quality_lines
 
 if TYPE_CHECKING:

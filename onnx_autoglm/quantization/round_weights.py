@@ -23,12 +23,12 @@ def round_weights(
     recordings: Mapping[str, Recording],
     ranges: Mapping[str, Range],
     shelf: Shelf,
-    bits: Bits,
-    block: int | None,
+    blocks: Mapping[str, int],
     rounding: str,
     step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Quantized]:
-    """Integers for the weight of every place, by initializer.
+    """Integers for the weight of every place, by initializer: 8 bits per channel, or 4 bits per block where `blocks` has
+    the size of one.
 
     GPTQ is used where second moments were recorded and one place alone reads the weight; the rounding noise of the
     activation, s^2/12, is added to them. Elsewhere weights are rounded to nearest.
@@ -42,7 +42,8 @@ def round_weights(
         weight = weight_of(model, place)
         recording = recordings.get(place.activation)
         moments = None if recording is None else recording.of(place).moments
-        whole = block if place.op != "Conv" else None
+        whole = blocks.get(place.initializer)
+        bits: Bits = 8 if whole is None else 4
         if rounding == "gptq" and moments is not None and readers[place.initializer] == 1:
             noisy = np.array(moments)
             if place.activation in ranges:
