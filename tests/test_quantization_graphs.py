@@ -12,6 +12,7 @@ import pytest
 from helpers import model
 from onnx.reference import ReferenceEvaluator
 
+from onnx_autoglm import build
 from onnx_autoglm.cut import analyse
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.modelfile import save_model
@@ -372,3 +373,13 @@ def test_a_tied_table_of_weights_alone_runs_in_an_integer_kernel(tmp_path: Path)
     feed = feed_of(source)
     other = quantized(source, "tensorrt", "w8")
     assert np.allclose(evaluate(result, feed)[0], evaluate(other, feed)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["gated", "conv", "tied"])
+def test_tensorrt_takes_its_emission(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    source = {"gated": gated, "conv": lambda: model(CONV), "tied": lambda: model(TIED)}[text]()
+    save_model(quantized(source, "tensorrt"), tmp_path / "model.trt.onnx")
+    sizes = {"shape": ("S=1:4:8",)} if text == "gated" else {}
+    report = build(tmp_path / "model.trt.onnx", tmp_path / "model.engine", backend="rtx", **sizes)
+    assert (tmp_path / "model.engine").stat().st_size > 0 and report.backend["name"] == "rtx"
