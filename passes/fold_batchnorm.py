@@ -30,6 +30,7 @@ def _can_fold(conv: ir.Node, norm: ir.Node) -> bool:
     )
     weight, output = conv.inputs[1], conv.outputs[0]
     alone = len(output.uses()) == 1 and not output.is_graph_output()
+    alone &= not any(value is not None and value.is_graph_output() for value in constants)
     return known and alone and weight is not None and len(weight.uses()) == 1
 
 

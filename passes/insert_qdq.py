@@ -10,13 +10,13 @@ which has no other fast kernels; what they compute is the same bit by bit.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.errors import UserError
-from onnx_autoglm.passes.store_weights import WeightWriter
+from onnx_autoglm.passes.store_weights import WeightWriter, unique_name
 from onnx_autoglm.quantization.chains import Chain
 from onnx_autoglm.quantization.ranges import LEVELS
 from onnx_autoglm.quantization.schemes import Decision, Target
@@ -24,10 +24,10 @@ from onnx_autoglm.quantization.schemes import Decision, Target
 
 @dataclasses.dataclass(frozen=True)
 class InsertQdq:
-    """For which runtime, and whether tables of embeddings are stored as 8 bits too."""
+    """For which runtime, and which tables of embeddings are stored as 8 bits too."""
 
     target: Target = "cpu"
-    lookups: bool = True
+    lookups: tuple[str, ...] = ()
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ def insert_qdq(
     target: Target,
     chains: Sequence[Chain] = (),
     *,
-    lookups: bool = True,
+    lookups: Collection[str] = (),
 ) -> None:
     """Quantizes a canonical model in place.
 
@@ -55,7 +55,7 @@ def insert_qdq(
         thresholds: where activations are clipped, by name: of all that places of scheme w8a8 or fp8 read, and of the
             results of `chains`.
         chains: results of convolutions and sums that are to stay integers, with what leads to them.
-        lookups: also store the tables that Gather looks rows up in as 8 bits per row.
+        lookups: names of tables that Gather looks rows up in, to be stored in 8 bits with a scale per row.
 
     Raises UserError if the opset is too old for what is asked (13; 19 for 16-bit floats; 21 for blocks).
     """
@@ -75,8 +75,7 @@ def insert_qdq(
             )
             pairs.feed(node, operand, is_fp8=decision.scheme == "fp8")
         writer.write(node, decision)
-    if lookups:
-        writer.shrink_lookups()
+    writer.shrink_lookups()
     for chain in chains:
         pairs.keep_integers(chain, nodes)
     writer.drop_unused()
@@ -178,7 +177,9 @@ class _Pairs:
 
     def _constant(self, name: str, array: np.ndarray, kind: ir.DataType) -> ir.Value:
         if name not in self._constants:
-            value = ir.Value(name=name, const_value=ir.Tensor(array, dtype=kind, name=name))
+            value = ir.Value(
+                name=unique_name(self._graph, name), const_value=ir.Tensor(array, dtype=kind, name=name)
+            )
             value.shape, value.dtype = ir.Shape(array.shape), kind
             self._graph.register_initializer(value)
             self._constants[name] = value

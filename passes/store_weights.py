@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -12,17 +13,15 @@ from onnx_autoglm.quantization.schemes import Decision, Target
 from onnx_autoglm.quantization.stored import as_stored, lazy
 from onnx_autoglm.quantization.weights import Quantized, nearest
 
-_LOOKUP = 1 << 16  # entries from which a table is worth it
-
 
 class WeightWriter:
     """Replaces the weights of products in a graph by integers."""
 
-    def __init__(self, graph: ir.Graph, target: Target, *, lookups: bool) -> None:
+    def __init__(self, graph: ir.Graph, target: Target, *, lookups: Collection[str]) -> None:
         self._graph, self._target, self._lookups = graph, target, lookups
-        self._stored: dict[
-            tuple[str, int], ir.Value
-        ] = {}  # by initializer and bits: what products read instead
+        # What products read instead, by initializer, kind of integer, and axis of the outputs.
+        self._stored: dict[tuple[str, str, int], ir.Value] = {}
+        self._own: dict[str, ir.Value] = {}  # constants made here, by the name they were asked for
         self._tables: dict[str, tuple[ir.Value, ir.Value]] = {}  # by initializer: integers and scales per row
 
     def write(self, node: ir.Node, decision: Decision) -> None:
@@ -47,7 +46,8 @@ class WeightWriter:
 
     def _plain(self, source: ir.Value, place: Place, weight: Quantized, *, is_fp8: bool) -> ir.Value:
         """The dequantized weight, in the layout of the initializer."""
-        key = (place.initializer, 88 if is_fp8 else weight.bits)
+        kind_of = "fp8" if is_fp8 else f"int{weight.bits}"
+        key = (place.initializer, kind_of, place.channel_axis)
         if key in self._stored:
             return self._stored[key]
         tensor = source.const_value
@@ -91,7 +91,7 @@ class WeightWriter:
         return node.outputs[0]
 
     def _is_looked_up(self, source: ir.Value) -> bool:
-        return self._lookups and any(user.op_type == "Gather" for user, _ in source.uses())
+        return source.name in self._lookups
 
     def _turned(self, source: ir.Value, weight: Quantized) -> ir.Value:
         """The weight `[k, n]` as a tensor of its own: ONNX Runtime unpacks on every run what two nodes share, unless the
@@ -99,6 +99,9 @@ class WeightWriter:
         tensor = source.const_value
         assert tensor is not None
         name, kind = f"{source.name}/int8/turned", tensor.dtype
+        key = (source.name or "", "turned", 1)
+        if key in self._stored:
+            return self._stored[key]
         integers = self._initializer(
             name, lazy(name, ir.DataType.INT8, weight.values.shape, lambda: weight.values), ir.DataType.INT8
         )
@@ -108,6 +111,7 @@ class WeightWriter:
         node.outputs[0].name = f"{name}/dequantized"
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), integers.shape
         self._graph.insert_before(next(iter(self._graph)), node)
+        self._stored[key] = node.outputs[0]
         return node.outputs[0]
 
     def _retraced(self, before: ir.Node, weight: ir.Value, path: ir.Value) -> ir.Value:
@@ -160,17 +164,8 @@ class WeightWriter:
             if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
                 continue
             table = node.inputs[0]
-            if (
-                table is None
-                or not table.is_initializer()
-                or table.is_graph_output()
-                or table.const_value is None
-            ):
-                continue
-            tensor = table.const_value
-            if len(tensor.shape) != 2 or tensor.size < _LOOKUP or not tensor.dtype.is_floating_point():
-                continue
-            self._look_up(node, table, tensor)
+            if table is not None and table.name in self._lookups and table.const_value is not None:
+                self._look_up(node, table, table.const_value)
 
     def _look_up(self, node: ir.Node, table: ir.Value, tensor: ir.TensorProtocol) -> None:
         name, kind = table.name or "", tensor.dtype
@@ -180,9 +175,9 @@ class WeightWriter:
         integers, scales, _ = self._row_table(table, tensor)
         ids = node.inputs[1]
         assert ids is not None
-        rows = ir.node("Gather", [integers, ids], {"axis": 0}, name=f"{node.name}/integers")
+        rows = ir.node("Gather", [integers, ids], {"axis": 0}, name=f"{node.outputs[0].name}/integers")
         wide = ir.node("Cast", [rows.outputs[0]], {"to": int(kind)})
-        factors = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{node.name}/scales")
+        factors = ir.node("Gather", [scales, ids], {"axis": 0}, name=f"{node.outputs[0].name}/scales")
         last = self._array("axis/last", np.array([-1], np.int64), ir.DataType.INT64)
         column = ir.node("Unsqueeze", [factors.outputs[0], last])
         product = ir.node("Mul", [wide.outputs[0], column.outputs[0]], name=node.name)
@@ -203,7 +198,7 @@ class WeightWriter:
             weight = nearest(np.asarray(tensor.numpy()).astype(np.float32).T, 8, clip=False)
             self._plain(table, place, weight, is_fp8=False)
         integers, scales = self._tables[name]
-        return integers, scales, self._stored[name, 8]
+        return integers, scales, self._stored[name, "int8", 0]
 
     def drop_unused(self) -> None:
         """Removes what nothing reads any more."""
@@ -218,13 +213,21 @@ class WeightWriter:
         return self._initializer(name, ir.Tensor(np.ascontiguousarray(array), dtype=kind, name=name), kind)
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol, kind: ir.DataType) -> ir.Value:
-        known = self._graph.initializers.get(name)
-        if known is not None:
-            return known
-        value = ir.Value(name=name, const_value=tensor)
-        value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), kind
-        self._graph.register_initializer(value)
-        return value
+        if name not in self._own:
+            value = ir.Value(name=unique_name(self._graph, name), const_value=tensor)
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), kind
+            self._graph.register_initializer(value)
+            self._own[name] = value
+        return self._own[name]
+
+
+def unique_name(graph: ir.Graph, base: str) -> str:
+    """The name, or with a number behind it where the graph has a value of that name."""
+    name, number = base, 0
+    while name in graph.initializers or any(value.name == name for value in graph.inputs):
+        number += 1
+        name = f"{base}/{number}"
+    return name
 
 
 def _keep_apart(product: ir.Node) -> None:

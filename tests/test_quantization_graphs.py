@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_autoglm import build
 from onnx_autoglm.cut import analyse
+from onnx_autoglm.dataset import Dataset
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.modelfile import save_model
 from onnx_autoglm.passes.fold_batchnorm import fold_batchnorm
@@ -22,11 +23,14 @@ from onnx_autoglm.passes.smooth import fold
 from onnx_autoglm.quantization.absorb import Refusal, find_folding
 from onnx_autoglm.quantization.audit import audit
 from onnx_autoglm.quantization.calibrate import record
-from onnx_autoglm.quantization.chains import find_chains
+from onnx_autoglm.quantization.chains import find_chains, kept_chains, rounded_values
+from onnx_autoglm.quantization.lookups import find_lookups
 from onnx_autoglm.quantization.output_error import weight_of
 from onnx_autoglm.quantization.places import Place, find_places
 from onnx_autoglm.quantization.refuse import refuse_quantized
+from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Decision, Scheme, Target
+from onnx_autoglm.quantization.stored import floats_tensor
 from onnx_autoglm.quantization.weights import nearest
 from onnx_autoglm.runtime import Session
 
@@ -100,7 +104,8 @@ def quantized(
     recordings, others = record(source, [d.place for d in chosen], [feed_of(source)], others=ends)
     found = {name: recording.histogram for name, recording in recordings.items()} | others
     result = source.clone()
-    insert_qdq(result, chosen, {name: 0.9 * own.largest for name, own in found.items()}, target, chains)
+    thresholds = {name: 0.9 * own.largest for name, own in found.items()}
+    insert_qdq(result, chosen, thresholds, target, chains, lookups=find_lookups(source))
     return result
 
 
@@ -383,3 +388,99 @@ def test_tensorrt_takes_its_emission(text: str, tmp_path: Path) -> None:
     sizes = {"shape": ("S=1:4:8",)} if text == "gated" else {}
     report = build(tmp_path / "model.trt.onnx", tmp_path / "model.engine", backend="rtx", **sizes)
     assert (tmp_path / "model.engine").stat().st_size > 0 and report.backend["name"] == "rtx"
+
+
+# --- what an attack has found
+
+
+def test_a_weight_of_two_products_takes_no_scale_over() -> None:
+    source = model(
+        """agraph (float[B,S,32] x) => (float[B,S,16] y) <float[32,32] w, float[32,16] v> {
+        a = MatMul(x, w) n = Tanh(a) b = MatMul(n, w) y = MatMul(b, v) }"""
+    )
+    structures = analyse(source.clone())
+    (last,) = [place for place in find_places(structures)[0] if place.node == "y"]
+    with pytest.raises(Refusal, match="w is the weight of several nodes"):
+        find_folding(structures.analysis, [last])
+
+
+def test_a_weight_that_is_read_both_ways_is_quantized_one_way() -> None:
+    source = model(
+        """agraph (float[B,32] x) => (float[B,32] y) <float[32,32] w> {
+        a = MatMul(x, w) t = Transpose<perm=[1,0]>(w) y = MatMul(a, t) }"""
+    )
+    places, refused = find_places(analyse(source.clone()))
+    assert [place.node for place in places] == ["a"]
+    assert [entry.reason for entry in refused] == [
+        "its weight is read transposed elsewhere, where scales lie along the other axis"
+    ]
+
+
+def test_grouped_convolutions_are_named() -> None:
+    source = model(
+        "agraph (float[B,32,8,8] x) => (float[B,32,6,6] y) <float[32,16,3,3] w> { y = Conv<group=2>(x, w) }"
+    )
+    places, refused = find_places(analyse(source.clone()))
+    assert not places and [entry.reason for entry in refused] == ["a grouped convolution"]
+
+
+def test_names_of_the_model_are_no_names_of_ours() -> None:
+    text = "agraph (float[B,32] x) => (float[B,16] y) <float[32,16] w, float[16] b> { a = MatMul(x, w) y = Add(a, b) }"
+    plain = evaluate(quantized(model(text), "cpu"), FEED)[0]
+    source = model(text)
+    source.graph.initializers["b"].name = "w/int8/scale"
+    assert np.array_equal(evaluate(quantized(source, "cpu"), FEED)[0], plain)
+
+
+FEED = {"x": np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)}
+
+
+def test_a_convolution_whose_result_is_an_output_stays() -> None:
+    source = model(
+        "agraph (float[B,16,8,8] x) => (float[B,16,6,6] y) <float[16,16,3,3] w> { c = Conv(x, w) y = Relu(c) }"
+    )
+    (place,) = places_of(source)
+    (chain,) = find_chains(source.graph, [place])
+    assert chain.values == ("c",)
+    source = model(
+        "agraph (float[B,16,8,8] x) => (float[B,16,6,6] y) <float[16,16,3,3] w> { y = Conv(x, w) }"
+    )
+    assert not find_chains(source.graph, places_of(source))
+
+
+@pytest.mark.parametrize("chosen", [(), ("x",), ("r1",), ("f",), ("x", "r1"), ("x", "r1", "f")])
+def test_what_is_rehearsed_is_what_is_written(chosen: tuple[str, ...]) -> None:
+    source = model(CONV)
+    decided = decisions(source)
+    places = [d.place for d in decided]
+    chains = find_chains(source.graph, places)
+    every, rounded = rounded_values(places, chains, chosen)
+    ends = sorted({chain.values[-1] for chain in chains})
+    feeds = [feed_of(source, seed) for seed in range(3)]
+    recordings, others = record(source, places, feeds, others=ends)
+    found = {name: recording.histogram for name, recording in recordings.items()} | others
+    thresholds = {name: 0.5 * own.largest for name, own in found.items()}
+    weights = [d if d.place.activation in rounded else Decision(d.place, "float") for d in decided]
+    result = source.clone()
+    active = {d.place.node for d in weights if d.scheme == "w8a8"}
+    insert_qdq(result, weights, thresholds, "cpu", kept_chains(places, chains, active))
+    held = source.clone()
+    for d in weights:
+        if d.weight is not None:
+            tensor = source.graph.initializers[d.place.initializer].const_value
+            assert tensor is not None
+            held.graph.initializers[d.place.initializer].const_value = floats_tensor(
+                d.weight, d.place, tensor
+            )
+    readers: dict[str, set[str] | None] = {name: None for name in ends}
+    for place in places:
+        if place.activation not in ends:
+            readers.setdefault(place.activation, set()).add(place.node)  # type: ignore[union-attr]
+    data = Dataset("", "", 3, feeds)
+    loss = Rehearsal(source, held, thresholds, data, range(3), readers).measure(every)
+    expected = []
+    for feed in feeds:
+        a, b = (Session(one).run(feed)["y"].astype(np.float64) for one in (source, result))
+        expected.append(np.square(a - b).sum() / np.square(a - a.mean()).sum())
+    assert loss.divergence == pytest.approx(np.mean(expected), rel=0.05, abs=1e-7)
+    assert bool(chosen) or "QuantizeLinear" not in ops(result)

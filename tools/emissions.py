@@ -63,7 +63,7 @@ def look_at(path: Path, rtx: bool) -> tuple[str, str]:
             prepared = prepare(source, data, options, folder / "scratch")
             plan = decide(source, prepared, data, options, folder / "scratch")
             targets: tuple[Target, ...] = ("cpu", "tensorrt")
-            files = {target: emit(plan, target, path, folder, options, lambda _: None) for target in targets}
+            files = {target: emit(plan, target, path, folder, lambda _: None) for target in targets}
         except UserError as error:
             return "left out", str(error)[:150]
         text = ""

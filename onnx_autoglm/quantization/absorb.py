@@ -87,8 +87,6 @@ def find_folding(analysis: Analysis, places: Sequence[Place]) -> Folding:
             lookups and len(places) > 1
         ):
             raise Refusal(f"the weight of {place.label} has other readers")
-        if place.op == "Conv" and node.attributes.get_int("group", 1) > 1:
-            raise Refusal(f"{place.label} is grouped")
     dims = analysis.values.get(value)
     if dims is None:
         raise Refusal("its axes are not known")
@@ -170,7 +168,7 @@ def _walk(
         ]
     if kind == "BatchNormalization":
         return [e for index in (1, 2) for e in _operand(analysis, node, index, atoms, None)]
-    if kind == "Attention" and value is node.outputs[0]:
+    if kind == "Attention" and node.domain != "com.microsoft" and value is node.outputs[0]:
         return _operand(analysis, node, 2, atoms, None)
     if kind in _NORMS and value is node.outputs[0]:
         present = [
@@ -196,10 +194,14 @@ def _operand(
             axes = [axis for axis in axes if axis == made]
         elif node.op_type == "Conv" and index == 1:
             axes = [axis for axis in axes if axis == 0]
+        if value.is_graph_output():
+            raise Refusal(f"{value.name} is a graph output")
+        if len(dims) > 1 and len(value.uses()) > 1:  # a copy would no longer be the weight of its product
+            raise Refusal(f"{value.name} is the weight of several nodes")
         if len(axes) != 1:
             raise Refusal(f"a constant of {label(node)} does not tell the columns apart")
         return [_Found(node, index, axes[0], dims[axes[0]], window)]
-    if len(value.uses()) > 1 and not _is_split(value):
+    if len(value.uses()) > 1:
         raise Refusal(f"{value.name} is read elsewhere too")
     if value.is_graph_output():
         raise Refusal(f"{value.name} is a graph output")
@@ -208,11 +210,6 @@ def _operand(
         if inner is not None and inner.is_initializer():
             raise Refusal("its weight is transposed in the graph")
     return _walk(analysis, value, atoms, window)
-
-
-def _is_split(value: ir.Value) -> bool:
-    """Whether all readers take a part each, so that the others do not see what happens to one."""
-    return all(user.op_type == "Slice" for user, _ in value.uses())
 
 
 def _either(

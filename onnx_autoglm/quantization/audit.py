@@ -33,7 +33,7 @@ class Audit:
 
     @property
     def holds(self) -> bool:
-        return not self.fell_back
+        return self.integer == self.promised and not self.fell_back
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -81,7 +81,8 @@ def _read(graph: Any, decisions: Sequence[Decision]) -> Audit:
     for node in graph.node:
         if node.op_type in _FLOAT_PRODUCTS and len(node.input) > 1 and _unpacks(node.input[1], makers):
             fallen.append({"node": node.name or node.output[0], "kernel": node.op_type})
-    return Audit(len(promised), len(promised) - len(fallen), fallen, dict(kernels))
+    integer = sum(count for name, count in kernels.items() if name in INTEGER_KERNELS)
+    return Audit(len(promised), min(integer, len(promised)), fallen, dict(kernels))
 
 
 def _unpacks(name: str, makers: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ Matrix = npt.NDArray[np.float64]
 SAMPLE = 256  # rows that choices are tried on
 _TOGETHER = 8  # activations per stop of the walk
 _WINDOWS = 4096  # of a convolution, per run
+_LARGEST = 8192  # inputs of a product up to which second moments, k^2 numbers, are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,21 +141,18 @@ class _Part:
 
 
 class _Sampler:
-    """A sample in the making; grouped convolutions, which multiply parts of their windows, give none."""
+    """A sample in the making."""
 
     def __init__(self, place: Place, node: ir.Node, model: ir.Model, runs: int, moments: Path | None) -> None:
         self._place, self._node, self._folder = place, node, moments
         tensor = model.graph.initializers[place.initializer].const_value
         assert tensor is not None
         self._kernel = tuple(int(size) for size in tensor.shape.numpy()[2:]) if place.op == "Conv" else ()
-        self._is_grouped = place.op == "Conv" and node.attributes.get_int("group", 1) > 1
         self._rows: list[Floats] = []
         self._each = max(SAMPLE // runs, 1)
-        self._moments = Moments(place.inputs) if moments is not None and not self._is_grouped else None
+        self._moments = Moments(place.inputs) if moments is not None and place.inputs <= _LARGEST else None
 
     def add(self, array: np.ndarray, moved: np.ndarray) -> None:
-        if self._is_grouped:
-            return
         if self._kernel:
             rows = patches(array, self._node, self._kernel, _WINDOWS)[0]
         else:

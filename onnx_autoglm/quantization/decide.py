@@ -10,14 +10,14 @@ from typing import Any
 import onnx_ir as ir
 
 from onnx_autoglm.dataset import Dataset
-from onnx_autoglm.quantization.chains import Chain
+from onnx_autoglm.quantization.chains import Chain, kept_chains, rounded_values
 from onnx_autoglm.quantization.mix import Mix, Unit, mix
 from onnx_autoglm.quantization.options import QuantizationOptions
 from onnx_autoglm.quantization.places import Place, Refused, by_activation
 from onnx_autoglm.quantization.prepare import Prepared, Progress
 from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Decision, Range, Scheme
-from onnx_autoglm.quantization.stored import floats_tensor
+from onnx_autoglm.quantization.stored import floats_tensor, rounded_rows
 from onnx_autoglm.quantization.timing import Times, time_schemes
 
 PREFILL, DECODE = 128, 1  # rows at which products are timed
@@ -36,6 +36,7 @@ class Plan:
     refused: list[Refused]
     ranges: dict[str, Range]
     chains: list[Chain]
+    lookups: list[str]
     smoothed: list[dict[str, Any]]
     mix: Mix | None
     times: dict[str, Times]
@@ -77,11 +78,15 @@ def decide(
     times = _times(places, options, progress) if before is None else before.times
     units = _units(places, times, prepared.ranges)
     rehearsal = _rehearse(source, prepared, data, scratch, progress)
-    read = {place.activation for place in places}
-    ends = {chain.values[-1] for chain in chains}
-    always = [name for name in sorted(ends - read) if name in prepared.ranges]
     known = None if before is None else before.mix
-    found = mix(rehearsal, units, options.max_loss if limit is None else limit, always, known, progress)
+    found = mix(
+        rehearsal,
+        units,
+        options.max_loss if limit is None else limit,
+        lambda chosen: rounded_values(places, chains, chosen),
+        known,
+        progress,
+    )
     schemes: dict[str, Scheme] = {}
     for unit in units:
         own: Scheme = "w8a8" if unit.activation in found.rounded else unit.fallback
@@ -89,7 +94,8 @@ def decide(
     if options.scheme == "auto" and _is_slower(places, schemes, times):
         notes.append("8-bit weights alone are as fast here as with 8-bit activations, and lose less")
         schemes = prepared.alone
-    whole = [chain for chain in chains if chain.operands or schemes.get(chain.node) == "w8a8"]
+    active = {place.node for place in places if schemes[place.node] == "w8a8"}
+    whole = kept_chains(places, chains, active)
     return _plan(prepared, schemes, whole, found, times, notes)
 
 
@@ -116,6 +122,7 @@ def _plan(
         prepared.refused,
         prepared.ranges,
         chains,
+        prepared.lookups,
         prepared.smoothed,
         found,
         times,
@@ -142,10 +149,20 @@ def _rehearse(
         tensor = prepared.model.graph.initializers[place.initializer].const_value
         assert tensor is not None
         value.const_value = floats_tensor(prepared.weights[place.initializer], place, tensor)
+    products = {place.initializer for place in prepared.places}
+    for name in prepared.lookups:
+        value = rounded.graph.initializers[name]
+        if name not in products and value.const_value is not None:
+            value.const_value = rounded_rows(value.const_value)
     step = max(1, len(data.feeds) // _MEASURED)
     numbers = list(range(0, len(data.feeds), step))[:_MEASURED]
     thresholds = {name: own.threshold for name, own in prepared.ranges.items()}
-    return Rehearsal(source, rounded, thresholds, data, numbers, scratch=scratch, step=progress)
+    readers: dict[str, set[str]] = {name: set() for name in thresholds}
+    for place in prepared.places:
+        readers[place.activation].add(place.node)
+    results = {chain.values[-1] for chain in prepared.chains}
+    only = {name: None if name in results else readers[name] for name in thresholds}
+    return Rehearsal(source, rounded, thresholds, data, numbers, only, scratch=scratch, step=progress)
 
 
 def _units(places: Sequence[Place], times: dict[str, Times], ranges: dict[str, Range]) -> list[Unit]:

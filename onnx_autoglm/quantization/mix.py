@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from onnx_autoglm.divergence import Loss
 from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.rehearsal import Rehearsal
 from onnx_autoglm.quantization.schemes import Scheme
 
+Rounded = Callable[[Collection[str]], tuple[frozenset[str], frozenset[str]]]
 _SUSPECTS = 24
 _LEAST_COST = 0.2  # of the time that goes with the multiply-adds of a unit
 _RUNS = 2  # for the sensitivity of one; sums are measured on all
@@ -52,7 +53,7 @@ def mix(
     rehearsal: Rehearsal,
     units: Sequence[Unit],
     limit: float,
-    always: Sequence[str] = (),
+    rounded: Rounded,
     known: Mix | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Mix:
@@ -64,16 +65,16 @@ def mix(
     much, none is rounded.
 
     Args:
-        always: names that are rounded in any case (results of convolutions).
+        rounded: what is rounded in all, and which of the activations really are, if some were chosen.
         known: an earlier result for the same units, whose measurements are used again.
     """
     names = [unit.activation for unit in units]
-    everything = known.everything if known else rehearsal.measure([*names, *always])
-    nothing = known.nothing if known else rehearsal.measure(always)
+    everything = known.everything if known else rehearsal.measure(rounded(names)[0])
+    nothing = known.nothing if known else rehearsal.measure(rounded(())[0])
     if everything.excess <= limit:
-        return Mix(frozenset(names), everything, {}, everything, nothing)
+        return Mix(rounded(names)[1], everything, {}, everything, nothing)
     sensitivity = (
-        known.sensitivity if known and known.sensitivity else _sensitivity(rehearsal, units, always, step)
+        known.sensitivity if known and known.sensitivity else _sensitivity(rehearsal, units, rounded, step)
     )
     macs = max(sum(unit.macs for unit in units), 1)
     # Measured times are noisy: what falls back costs something, or the least sensitive would be the first to go.
@@ -85,7 +86,8 @@ def mix(
         middle = (low + high) // 2
         step(f"mix: {middle} of {len(order)} fall back")
         chosen = frozenset(unit.activation for unit in order[middle:])
-        loss = rehearsal.measure([*chosen, *always])
+        every, chosen = rounded(chosen)
+        loss = rehearsal.measure(every)
         if loss.excess <= limit:
             high, best = middle, (chosen, loss)
         else:
@@ -94,15 +96,15 @@ def mix(
 
 
 def _sensitivity(
-    rehearsal: Rehearsal, units: Sequence[Unit], always: Sequence[str], step: Callable[[str], None]
+    rehearsal: Rehearsal, units: Sequence[Unit], rounded: Rounded, step: Callable[[str], None]
 ) -> dict[str, float]:
     """What rounding each activation alone adds to the divergence."""
-    base = rehearsal.measure(always, _RUNS)
+    base = rehearsal.measure((), _RUNS)
     suspects = sorted(units, key=lambda unit: -unit.error)[:_SUSPECTS]
     sensitivity = {}
     for number, unit in enumerate(suspects, 1):
         step(f"sensitivity {number} of {len(suspects)}: {unit.activation}")
-        alone = rehearsal.measure([unit.activation, *always], _RUNS)
+        alone = rehearsal.measure([unit.activation], _RUNS)
         sensitivity[unit.activation] = max(alone.divergence - base.divergence, 0.0)
     ratio = sum(sensitivity.values()) / max(sum(unit.error for unit in suspects), 1e-30)
     for unit in units:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from onnx_autoglm.units import fraction_of
 
@@ -58,9 +58,16 @@ class QuantizationOptions(BaseModel):
         default=32,
         ge=16,
         le=256,
-        multiple_of=16,
         description="Inputs per scale of 4-bit weights: 16, 32, 64, 128 or 256.",
     )
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"{value} is no power of two: take 16, 32, 64, 128 or 256")
+        return value
+
     embedding: Literal["int8", "float"] = Field(
         default="int8",
         description="How tables are stored that rows are looked up in: 8 bits with a scale per row (shared with the "

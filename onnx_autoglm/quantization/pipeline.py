@@ -79,8 +79,8 @@ def quantize(
     source = modelfile.open_model(path)
     target = folder / "model.onnx"
     is_same = target.exists() and target.samefile(path)
-    if not is_same:
-        modelfile.check_output_path(source, target)
+    for name in (*FILES.values(), *([] if is_same else ["model.onnx"])):
+        modelfile.check_output_path(source, folder / name)
     canonicalize(source)
     data = _data(source, path, options, progress)
     with staging(folder) as staged:
@@ -89,9 +89,11 @@ def quantize(
             progress("copy the float model")
             modelfile.save_model(modelfile.open_model(path), staged / "model.onnx")
         report.write(staged / REPORT)
-        names = [name for file in FILES.values() for name in (file, f"{file}.data")]
-        own = [] if is_same else ["model.onnx", "model.onnx.data"]
-        publish(staged, folder, (*own, *names, REPORT))
+        if is_same:
+            emissions = [name for file in FILES.values() for name in (file, f"{file}.data")]
+            publish(staged, folder, (*emissions, REPORT))
+        else:
+            publish(staged, folder)
     return report
 
 
@@ -120,7 +122,7 @@ def quantize_into(
             plan = decide(
                 source, prepared, data.calibration, options, scratch, progress, limit=limit, before=plan
             )
-            files = {target: emit(plan, target, path, folder, options, progress) for target in targets}
+            files = {target: emit(plan, target, path, folder, progress) for target in targets}
             measured = next((target for target in targets if target == "cpu"), targets[0])
             quality = _quality(path, files[measured], data, progress)
             missed = _missed(quality, options)

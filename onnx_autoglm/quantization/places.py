@@ -61,6 +61,7 @@ def find_places(structures: Structures) -> tuple[list[Place], list[Refused]]:
     order = {node: number for number, node in enumerate(structures.analysis.graph)}
     places: dict[str, Place] = {}
     refused: dict[str, Refused] = {}
+    axes: dict[str, int] = {}  # along which the outputs of each weight lie
     consumers = find_consumers(structures)
     for consumer in sorted(consumers, key=lambda c: order.get(c.contraction.node, 0)):
         node = consumer.contraction.node
@@ -73,6 +74,10 @@ def find_places(structures: Structures) -> tuple[list[Place], list[Refused]]:
             refused.setdefault(name, Refused(label(node), reason, math.prod(sizes)))
             continue
         channel_axis = 0 if node.op_type == "Conv" else 1 - consumer.axis
+        if axes.setdefault(consumer.initializer.name or "", channel_axis) != channel_axis:
+            reason = "its weight is read transposed elsewhere, where scales lie along the other axis"
+            refused.setdefault(name, Refused(label(node), reason, math.prod(sizes)))
+            continue
         activation = node.inputs[consumer.contraction.activation]
         assert activation is not None
         places.setdefault(
@@ -91,6 +96,15 @@ def find_places(structures: Structures) -> tuple[list[Place], list[Refused]]:
                 sizes[channel_axis],
             ),
         )
+    known = {*places, *refused}
+    for node in structures.analysis.graph:
+        weight = node.inputs[1] if node.op_type in _WEIGHTED and len(node.inputs) > 1 else None
+        name = node.outputs[0].name or ""
+        if name in known or weight is None or not weight.is_initializer() or weight.const_value is None:
+            continue
+        is_grouped = node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1
+        reason = "a grouped convolution" if is_grouped else "its axes are not known"
+        refused[name] = Refused(label(node), reason, math.prod(weight.const_value.shape.numpy()))
     return list(places.values()), list(refused.values())
 
 
@@ -110,8 +124,9 @@ def _why_not(node: ir.Node, operand: int, initializer: ir.Value, sizes: list[int
         or node.attributes.get_int("transA", 0) != 0
     ):
         return "this Gemm scales or transposes its operands"
-    is_depthwise = node.op_type == "Conv" and node.attributes.get_int("group", 1) == sizes[0]
-    narrow = sizes[0] if is_depthwise else min(sizes[0], math.prod(sizes[1:]))
+    if node.op_type == "Conv" and node.attributes.get_int("group", 1) > 1:
+        return "a grouped convolution"
+    narrow = min(sizes[0], math.prod(sizes[1:]))
     return f"it is narrower than {NARROW}: {sizes[0]} x {math.prod(sizes[1:])}" if narrow < NARROW else ""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm import modelfile
@@ -22,8 +23,10 @@ from onnx_autoglm.quantization.absorb import Folding, Refusal, find_folding
 from onnx_autoglm.quantization.calibrate import Recording, constant_activations, record
 from onnx_autoglm.quantization.chains import Chain, find_chains
 from onnx_autoglm.quantization.choose_ranges import choose_ranges, range_of
+from onnx_autoglm.quantization.lookups import find_lookups
 from onnx_autoglm.quantization.options import QuantizationOptions
 from onnx_autoglm.quantization.places import Place, Refused, by_activation, find_places
+from onnx_autoglm.quantization.ranges import LEVELS
 from onnx_autoglm.quantization.refuse import refuse_quantized
 from onnx_autoglm.quantization.round_weights import round_weights
 from onnx_autoglm.quantization.same import refuse_change
@@ -41,7 +44,7 @@ class Prepared:
     """A model ready to be quantized.
 
     `model` lies in files: the float model with smoothing and batch norms folded in. `ranges` are those of activations
-    and of the results of `chains`, `weights` by initializer, `alone` the scheme of each place by node if its activation
+    and of the results of `chains`, `lookups` the tables of embeddings to be stored in 8 bits, `weights` by initializer, `alone` the scheme of each place by node if its activation
     stays in floating point.
     """
 
@@ -50,6 +53,7 @@ class Prepared:
     refused: list[Refused]
     ranges: dict[str, Range]
     chains: list[Chain]
+    lookups: list[str]
     weights: dict[str, Quantized]
     alone: dict[str, Scheme]
     smoothed: list[dict[str, Any]]
@@ -91,6 +95,8 @@ def prepare(
         why = refused[0].reason if refused else "the model has no product of an activation and a weight"
         raise UserError(f"nothing can be quantized: {why}")
     chains = find_chains(model.graph, places) if scheme in ("auto", "w8a8") else []
+    lookups = find_lookups(model) if options.embedding == "int8" else []
+    lookups = [name for name in lookups if not matches(name, options.keep_float)]
     smoothed: list[dict[str, Any]] = []
     recordings: dict[str, Recording] = {}
     ranges: dict[str, Range] = {}
@@ -108,8 +114,25 @@ def prepare(
                 f"{len(dead)} activations are zero on all calibration data and stay in floating point: {named}"
             )
             places = [place for place in places if place.activation not in dead]
+        read = {place.activation for place in places}
+        chains = [chain for chain in chains if chain.values[-1] in ranges or chain.values[-1] in read]
         if scheme in ROUNDING:
             ranges |= choose_ranges(model, places, recordings, options.calibrator, progress)
+    if scheme in ROUNDING:
+        # A range so narrow that its step is zero in the type of the graph cannot be written.
+        dead = {name for name, own in ranges.items() if own.threshold / LEVELS < _least(model, name)}
+        ranges = {name: own for name, own in ranges.items() if name not in dead}
+        places = [place for place in places if place.activation not in dead]
+        chains = [chain for chain in chains if chain.values[-1] not in dead]
+        ended = {chain.node for chain in chains}
+        lone = [place for place in places if place.op == "Conv" and place.node not in ended]
+        why = "no kernel computes a convolution of integers to floats, and its result cannot be integers"
+        refused += [Refused(place.label, why, place.macs) for place in lone]
+        places = [place for place in places if place not in lone]
+        if not places:
+            raise UserError(
+                f"nothing can be quantized: {refused[-1].reason if refused else 'all activations are zero'}"
+            )
     alone = {place.node: _alone(model, place, scheme) for place in places}
     weights = round_weights(
         model,
@@ -121,7 +144,14 @@ def prepare(
         options.rounding,
         progress,
     )
-    return Prepared(model, places, refused, ranges, chains, weights, alone, smoothed, notes)
+    return Prepared(model, places, refused, ranges, chains, lookups, weights, alone, smoothed, notes)
+
+
+def _least(model: ir.Model, name: str) -> float:
+    """The smallest normal number of the type of a value."""
+    value = next((v for node in model.graph for v in node.outputs if v.name == name), None)
+    is_half = value is not None and value.dtype == ir.DataType.FLOAT16
+    return float(np.finfo(np.float16 if is_half else np.float32).tiny)
 
 
 def _alone(model: ir.Model, place: Place, scheme: str) -> Scheme:

@@ -6,7 +6,7 @@ a scale that is an input of the run, so that a choice is measured without buildi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class Rehearsal:
         thresholds: Mapping[str, float],
         data: Dataset,
         numbers: Sequence[int],
+        readers: Mapping[str, Collection[str] | None] | None = None,
         *,
         scratch: Path | None = None,
         step: Callable[[str], None] = lambda _: None,
@@ -41,6 +42,7 @@ class Rehearsal:
             source: what losses are measured against; only read.
             rounded: the same graph with the weights that integers stand for; becomes the rehearsal's own.
             thresholds: for every activation that may be rounded, by name, where it is clipped.
+            readers: for each, the nodes (by their first output) that read it rounded; all without.
         """
         self._thresholds = dict(thresholds)
         before = reference_for(source.clone(), data)
@@ -56,12 +58,12 @@ class Rehearsal:
         del session
         self._before = before
         for name in thresholds:
-            _round(rounded.graph, name)
+            _round(rounded.graph, name, (readers or {}).get(name))
         self._session = Session(
             _runnable(reference_for(rounded, data).trial), optimize=True, prepack=False, scratch=scratch
         )
 
-    def measure(self, chosen: Mapping[str, float] | Sequence[str], runs: int | None = None) -> Loss:
+    def measure(self, chosen: Mapping[str, float] | Collection[str], runs: int | None = None) -> Loss:
         """The loss when the chosen activations are rounded; a mapping gives thresholds of its own.
 
         Args: `runs` limits the feeds that it is measured on.
@@ -90,8 +92,8 @@ def _input(name: str, part: str) -> str:
     return f"rehearsal/{part}/{name}"
 
 
-def _round(graph: ir.Graph, name: str) -> None:
-    """Lets all readers of a value read it as `step * clip(round(x / step), low, high)`, with inputs for these."""
+def _round(graph: ir.Graph, name: str, readers: Collection[str] | None) -> None:
+    """Lets readers of a value (all of them, for None) read it as `step * clip(round(x / step), low, high)`, with inputs for these."""
     value = (
         next(v for node in graph for v in node.outputs if v.name == name) if _is_made(graph, name) else None
     )
@@ -110,8 +112,9 @@ def _round(graph: ir.Graph, name: str) -> None:
     nodes = [divided, whole, clipped, back]
     for node in nodes:
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(kind), value.shape
-    ir.convenience.replace_all_uses_with(value, back.outputs[0], replace_graph_outputs=False)
-    divided.replace_input_with(0, value)
+    for user, index in list(value.uses()):
+        if user is not divided and (readers is None or user.outputs[0].name in readers):
+            user.replace_input_with(index, back.outputs[0])
     maker = value.producer()
     if maker is None:
         graph.insert_before(next(iter(graph)), nodes)

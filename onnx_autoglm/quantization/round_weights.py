@@ -14,7 +14,7 @@ from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.ranges import LEVELS
 from onnx_autoglm.quantization.schemes import Range
 from onnx_autoglm.quantization.stored import Shelf
-from onnx_autoglm.quantization.weights import Bits, Quantized, gptq, nearest
+from onnx_autoglm.quantization.weights import Bits, Quantized, gptq, nearest, round_to
 
 
 def round_weights(
@@ -52,5 +52,16 @@ def round_weights(
             quantized = gptq(weight, noisy, bits, whole)
         else:
             quantized = nearest(weight, bits, whole)
-        found[place.initializer] = shelf.put(quantized)
+        found[place.initializer] = shelf.put(_storable(quantized, weight, model, place))
     return found
+
+
+def _storable(quantized: Quantized, weight: np.ndarray, model: ir.Model, place: Place) -> Quantized:
+    """With scales that are not zero in the type of the graph."""
+    tensor = model.graph.initializers[place.initializer].const_value
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT16:
+        return quantized
+    least = np.float32(np.finfo(np.float16).tiny)
+    if (quantized.scales >= least).all():
+        return quantized
+    return round_to(weight, np.maximum(quantized.scales, least), quantized.bits, quantized.block)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.quantization.places import Place
-from onnx_autoglm.quantization.weights import Quantized
+from onnx_autoglm.quantization.weights import Quantized, nearest
 
 
 class Shelf:
@@ -45,6 +45,16 @@ def floats_tensor(quantized: Quantized, place: Place, tensor: ir.TensorProtocol)
         )
 
     return ir.LazyTensor(compute, tensor.dtype, ir.Shape(shape), name=tensor.name)
+
+
+def rounded_rows(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A table `[rows, columns]` as 8 bits with one scale per row hold it; computed when it is read."""
+
+    def compute() -> np.ndarray:
+        held = nearest(np.asarray(tensor.numpy()).astype(np.float32).T, clip=False)
+        return held.floats().T.astype(tensor.dtype.numpy())
+
+    return lazy(tensor.name or "", tensor.dtype, tuple(int(size) for size in tensor.shape.numpy()), compute)
 
 
 def lazy(name: str, dtype: ir.DataType, shape: tuple[int, ...], compute: Any) -> ir.TensorProtocol:

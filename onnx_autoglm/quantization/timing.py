@@ -77,5 +77,5 @@ def _model(inputs: int, outputs: int, copies: int, scheme: Scheme) -> ir.Model:
         decisions.append(Decision(place, scheme, held))
     graph = ir.Graph([x], ends, nodes=nodes, initializers=weights, opset_imports={"": 21}, name="timing")
     model = ir.Model(graph, ir_version=10)
-    insert_qdq(model, decisions, {"x": 4.0}, "cpu", lookups=False)
+    insert_qdq(model, decisions, {"x": 4.0}, "cpu")
     return model
