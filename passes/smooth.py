@@ -2,7 +2,8 @@
 
 Column j of an activation is divided by s_j and row j of every weight that reads it multiplied, with s_j =
 max|X_j|^a / max|W_j|^(1-a). The division happens in constants (`quantization.absorb`), so no node is added and the model
-computes what it did. The strength a is searched per activation, by the error that 8 bits leave on sampled rows.
+computes what it did. The strength a is searched per activation, by the error that 8 bits leave on sampled rows. For weights
+alone in blocks of 4 bits, s_j = mean|X_j|^a makes room for those that large columns meet (AWQ, Lin et al. 2024).
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ _RANGE = 1e4  # no column is scaled by more than this, up or down
 
 @dataclasses.dataclass(frozen=True)
 class Smooth:
-    """The strengths that are tried; an activation that none of them helps stays as it is."""
+    """The strengths that are tried; an activation that none of them helps stays as it is.
+
+    With `block` weights alone are quantized, in 4 bits per so many inputs.
+    """
 
     strengths: tuple[float, ...] = STRENGTHS
+    block: int | None = None
 
     def __call__(
         self,
@@ -41,7 +46,7 @@ class Smooth:
         recordings: Mapping[str, Recording],
         step: Callable[[str], None] = lambda _: None,
     ) -> list[dict[str, Any]]:
-        return smooth(model, foldings, recordings, self.strengths, step)
+        return smooth(model, foldings, recordings, self.strengths, self.block, step)
 
 
 def smooth(
@@ -49,6 +54,7 @@ def smooth(
     foldings: Sequence[Folding],
     recordings: Mapping[str, Recording],
     strengths: Sequence[float] = STRENGTHS,
+    block: int | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Smooths activations of a canonical model in place; returns what was done to each.
@@ -56,12 +62,13 @@ def smooth(
     Args:
         foldings: from the analysis of a clone of the model.
         recordings: of the model as it is.
+        block: inputs per scale, if weights alone are quantized, in 4 bits; 8 bits on both sides without.
     """
     done = []
     for number, folding in enumerate(foldings, 1):
         step(f"smooth {number} of {len(foldings)}")
         recording = recordings[folding.activation]
-        strength, scales, before, after = _best(model, folding, recording, strengths)
+        strength, scales, before, after = _best(model, folding, recording, strengths, block)
         entry = {
             "activation": folding.activation,
             "strength": strength,
@@ -132,17 +139,24 @@ def scaled(tensor: ir.TensorProtocol, factors: Floats, axis: int) -> ir.TensorPr
 
 
 def _best(
-    model: ir.Model, folding: Folding, recording: Recording, strengths: Sequence[float]
+    model: ir.Model,
+    folding: Folding,
+    recording: Recording,
+    strengths: Sequence[float],
+    block: int | None,
 ) -> tuple[float | None, Floats | None, float, float]:
     """The strength with the least error, its scales per group, and the errors before and after."""
     products = [(recording.of(place).rows, weight_of(model, place, OUTPUTS)) for place in folding.places]
     groups = int(folding.groups.max()) + 1
     columns = len(folding.groups)
     size, weight_size = np.zeros(groups, np.float32), np.zeros(groups, np.float32)
-    np.maximum.at(size, folding.groups, recording.largest)
+    largest = recording.largest
+    if block is not None:
+        largest = np.abs(products[0][0]).reshape(len(products[0][0]), columns, -1).mean(axis=(0, 2))
+    np.maximum.at(size, folding.groups, largest)
     for _, weight in products:
         np.maximum.at(weight_size, folding.groups, np.abs(weight).reshape(columns, -1).max(axis=1))
-    before = _error(products)
+    before = _error(products, block)
     if folding.lookups:
         before += _table_error(products[0][1], np.ones(columns, np.float32))
     best: tuple[float | None, Floats | None, float] = (None, None, before)
@@ -150,14 +164,16 @@ def _best(
         return None, None, before, before
     errors: dict[float, float] = {}
     for strength in _uphill(strengths, lambda tried: errors.get(tried, np.inf)):
-        raw = np.maximum(size, 1e-6) ** strength / np.maximum(weight_size, 1e-6) ** (1 - strength)
+        raw = np.maximum(size, 1e-6) ** strength
+        if block is None:
+            raw /= np.maximum(weight_size, 1e-6) ** (1 - strength)
         scales = (raw / np.exp(np.log(raw).mean())).astype(np.float32)
         scales = np.where(size > 0, np.clip(scales, 1 / _RANGE, _RANGE), 1).astype(np.float32)
         changed = []
         for rows, weight in products:
             spread = np.repeat(scales[folding.groups], len(weight) // columns)
             changed.append((rows / spread, weight * spread[:, None]))
-        error = _error(changed)
+        error = _error(changed, block)
         if folding.lookups:
             error += _table_error(products[0][1], scales[folding.groups])
         errors[strength] = error
@@ -187,10 +203,11 @@ def _uphill(strengths: Sequence[float], error: Callable[[float], float]) -> Iter
             least = error(strength)
 
 
-def _error(products: Sequence[tuple[Floats, Floats]]) -> float:
-    """What 8 bits on both sides leave, over all readers; `products` has the rows and the weight of each."""
+def _error(products: Sequence[tuple[Floats, Floats]], block: int | None) -> float:
+    """What integers leave, over all readers; `products` has the rows and the weight of each."""
     errors = []
     for rows, weight in products:
         if rows.size:
-            errors.append(OutputError(rows, weight, nearest(weight, clip=False))(mse_of_rows(rows)))
+            held = nearest(weight, 8 if block is None else 4, block, clip=False)
+            errors.append(OutputError(rows, weight, held)(mse_of_rows(rows) if block is None else None))
     return float(np.mean(errors)) if errors else 0.0

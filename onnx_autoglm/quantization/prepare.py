@@ -101,8 +101,9 @@ def prepare(
     recordings: dict[str, Recording] = {}
     ranges: dict[str, Range] = {}
     if data is not None:
-        if options.smooth and scheme in ROUNDING:
-            smoothed = _smooth(model, structures, places, data, scratch, progress)
+        if options.smooth and scheme in (*ROUNDING, "w4"):
+            block = options.block if scheme == "w4" else None
+            smoothed = _smooth(model, structures, places, data, block, scratch, progress)
         refuse_change(source, model, data)
         progress("write the smoothed model")
         modelfile.save_model(model, scratch / "smoothed" / "model.onnx", external=True)
@@ -176,6 +177,7 @@ def _smooth(
     structures: Structures,
     places: Sequence[Place],
     data: Dataset,
+    block: int | None,
     scratch: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -186,10 +188,13 @@ def _smooth(
     stay: list[dict[str, Any]] = []
     for name, own in by_activation(places).items():
         try:
-            foldings.append(find_folding(structures.analysis, own))
+            folding = find_folding(structures.analysis, own)
+            if block is not None and folding.lookups:
+                raise Refusal("its weight is a table of embeddings, which stays in 8 bits")
+            foldings.append(folding)
         except Refusal as refusal:
             stay.append({"activation": name, "strength": None, "reason": str(refusal)})
-    return smooth(model, foldings, recordings, step=progress) + stay
+    return smooth(model, foldings, recordings, block=block, step=progress) + stay
 
 
 def _record(
