@@ -35,10 +35,14 @@ class Loss:
 
     @property
     def excess(self) -> float:
-        """By what share perplexity grows; the divergence where there are no right answers."""
+        """By what share perplexity grows; the divergence where there are no right answers.
+
+        On a few thousand tokens chance may hide a growth, but hardly a divergence, which is as large if the source knows
+        its data: the larger of both counts.
+        """
         if math.isnan(self.likelihood) or math.isnan(self.before):
             return self.divergence
-        return math.expm1(min(self.likelihood - self.before, 700.0))
+        return math.expm1(min(max(self.likelihood - self.before, self.divergence), 700.0))
 
     @classmethod
     def mean(cls, total: npt.NDArray[np.float64]) -> Loss:
