@@ -84,3 +84,19 @@ def normed_values(analysis: Analysis) -> set[str]:
     return {
         value.name or "" for value, dims in analysis.values.items() if dims and normed & set(leaves(dims[-1]))
     }
+
+
+def retraced(graph: ir.Graph, before: ir.Node, weight: ir.Value, path: ir.Value | None) -> ir.Value:
+    """The weight through copies of the transposes that lead from the old one to its consumer."""
+    perms: list[list[int]] = []
+    while path is not None and path.producer() is not None:
+        producer = path.producer()
+        assert producer is not None
+        perms.append(list(producer.attributes["perm"].as_ints()))
+        path = producer.inputs[0]
+    for perm in reversed(perms):
+        turned = ir.node("Transpose", [weight], {"perm": perm})
+        turned.outputs[0].dtype = weight.dtype or ir.DataType.FLOAT
+        graph.insert_before(before, turned)
+        weight = turned.outputs[0]
+    return weight

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from onnx_autoglm.errors import UserError
 from onnx_autoglm.options import flags
 from onnx_autoglm.units import bytes_of
+from onnx_autoglm.validation import flag_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,6 @@ def range_of(value: Any) -> Any:
 Sizes = Annotated[Range, BeforeValidator(range_of)]
 
 
-def _flag(name: str, metavar: str | None = None) -> dict[str, Any]:
-    return {"flag": name, "metavar": metavar}
-
-
 _RANGE = "MIN:OPT:MAX"
 
 
@@ -73,35 +70,35 @@ class EngineOptions(BaseModel):
     batch: Sizes = Field(
         default=Range(1, 1, 8),
         description="Sizes of the batch axis (1:1:8).",
-        json_schema_extra=_flag("--batch", _RANGE),
+        json_schema_extra=flag_of("--batch", _RANGE),
     )
     sequence: Sizes = Field(
         default=Range(1, 128, 2048),
         description="New tokens per run (1:128:2048). In a graph with a KV cache these are the tokens of the prefill "
         "profile; the decode profile takes one.",
-        json_schema_extra=_flag("--sequence", _RANGE),
+        json_schema_extra=flag_of("--sequence", _RANGE),
     )
     past: Sizes = Field(
         default=Range(1, 512, 2048),
         description="Tokens in the KV cache (1:512:2048). The prefill profile also takes an empty cache, and is tuned "
         "for that.",
-        json_schema_extra=_flag("--past", _RANGE),
+        json_schema_extra=flag_of("--past", _RANGE),
     )
     shapes: tuple[str, ...] = Field(
         default=(),
         description="Sizes of any other symbol in the shapes of the inputs (names: the inputs' shapes), or the values "
         "of an input that holds sizes. Wins over the options above.",
-        json_schema_extra=_flag("--shape", f"NAME={_RANGE}"),
+        json_schema_extra=flag_of("--shape", f"NAME={_RANGE}"),
     )
     workspace: Annotated[int, BeforeValidator(bytes_of), Field(gt=0)] | None = Field(
         default=None,
         description="Device memory that layers may use as scratch space, for example 4GiB. All of it by default.",
-        json_schema_extra=_flag("--workspace", "BYTES"),
+        json_schema_extra=flag_of("--workspace", "BYTES"),
     )
     timing_cache: Path | None = Field(
         default=None,
         description="A file that keeps measured kernel times for the next build on the same device (tensorrt).",
-        json_schema_extra=_flag("--timing-cache", "FILE"),
+        json_schema_extra=flag_of("--timing-cache", "FILE"),
     )
     optimization_level: int | None = Field(
         default=None, ge=0, le=5, description="How long to search for fast kernels, 0 to 5 (tensorrt)."
@@ -122,7 +119,7 @@ class EngineOptions(BaseModel):
     compute_capability: tuple[str, ...] = Field(
         default=(),
         description="GPUs to build for, such as 8.9 (rtx). By default the backend's own choice, which is portable.",
-        json_schema_extra=_flag("--compute-capability", "X.Y"),
+        json_schema_extra=flag_of("--compute-capability", "X.Y"),
     )
     prepare: bool | None = Field(
         default=None,

@@ -29,7 +29,7 @@ from onnx_autoglm.kinds import KINDS, LOSSY
 from onnx_autoglm.precision_options import PrecisionOptions
 from onnx_autoglm.quantization.options import QuantizationStage
 from onnx_autoglm.units import bytes_of, fraction_of, parse_fractions
-from onnx_autoglm.validation import validated
+from onnx_autoglm.validation import flag_of, validated
 
 DEFAULT_FRACTION = 0.25
 Model = TypeVar("Model", bound=BaseModel)
@@ -37,10 +37,6 @@ Model = TypeVar("Model", bound=BaseModel)
 
 class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _flag(name: str, metavar: str | None = None) -> dict[str, Any]:
-    return {"flag": name, "metavar": metavar}
 
 
 class PruningOptions(_Options):
@@ -51,14 +47,14 @@ class PruningOptions(_Options):
         description="The fraction to remove of each kind of structure, for example query-head=0.5. Repeatable, or "
         "comma-separated. A plain number in a configuration means the usual kinds. Without it a quarter of the query heads and FFN channels goes (of the convolution "
         "channels where there are neither). Kinds: " + ", ".join(KINDS) + ".",
-        json_schema_extra=_flag("--prune", "KIND=FRACTION"),
+        json_schema_extra=flag_of("--prune", "KIND=FRACTION"),
     )
     algorithm: CriterionOption = Field(
         default="auto",
         description="How structures are scored. With calibration data: obs (the error that is left after the best "
         "refit), flap (variance times weight), wanda (size times weight), minitron (size); without: l2 or l1 (norms "
         "of all weights that go with one), or random. auto is obs with data and l2 without. MODULE:NAME is your own.",
-        json_schema_extra=_flag("--criterion", "|".join((*BUILT_IN, "MODULE:NAME"))),
+        json_schema_extra=flag_of("--criterion", "|".join((*BUILT_IN, "MODULE:NAME"))),
     )
     swaps: int = Field(
         default=0,
@@ -77,12 +73,12 @@ class PruningOptions(_Options):
     target_layers: tuple[str, ...] = Field(
         default=(),
         description="Prune only structures whose name matches one of these globs (names: onnx-autoglm inspect).",
-        json_schema_extra=_flag("--include", "GLOB"),
+        json_schema_extra=flag_of("--include", "GLOB"),
     )
     exclude_layers: tuple[str, ...] = Field(
         default=(),
         description="Leave structures alone whose name matches one of these globs.",
-        json_schema_extra=_flag("--exclude", "GLOB"),
+        json_schema_extra=flag_of("--exclude", "GLOB"),
     )
     protect_first: int = Field(
         default=0,
@@ -135,35 +131,35 @@ class BudgetOptions(_Options):
         default=None,
         description="Keep this fraction of the parameters of the kinds that compete, chosen jointly over kinds and "
         "layers by what each cut does to the outputs. Not with --prune.",
-        json_schema_extra=_flag("--keep", "FRACTION"),
+        json_schema_extra=flag_of("--keep", "FRACTION"),
     )
     flops: Share | None = Field(
         default=None,
         description="The same for the FLOPs of the whole model: 0.75 keeps three quarters.",
-        json_schema_extra=_flag("--flops", "FRACTION"),
+        json_schema_extra=flag_of("--flops", "FRACTION"),
     )
     size: Bytes | None = Field(
         default=None,
         description="The same for the bytes of all weights, for example 200MB.",
-        json_schema_extra=_flag("--size", "BYTES"),
+        json_schema_extra=flag_of("--size", "BYTES"),
     )
     speedup: Factor | None = Field(
         default=None,
         description="The same for time in ONNX Runtime on this machine: 1.5 is 1.5 times faster. Measured before "
         "and after; a promise that is missed by more than 5 % is an error.",
-        json_schema_extra=_flag("--speedup", "FACTOR"),
+        json_schema_extra=flag_of("--speedup", "FACTOR"),
     )
     max_loss: Limit | None = Field(
         default=None,
         description="The most that quality may fall on the evaluation data, for example 2% of perplexity. Alone it "
         "sets the budget: as much goes as it allows. With another budget it is a limit, and missing it an error.",
-        json_schema_extra=_flag("--max-loss", "FRACTION"),
+        json_schema_extra=flag_of("--max-loss", "FRACTION"),
     )
     kinds: tuple[str, ...] = Field(
         default=(),
         description="The kinds that compete. By default query-head, ffn-channel, expert-channel and conv-channel, "
         "where they change no graph input or output.",
-        json_schema_extra=_flag("--kinds", "KIND"),
+        json_schema_extra=flag_of("--kinds", "KIND"),
     )
     uniform: bool = Field(
         default=False,
@@ -220,31 +216,31 @@ class DataOptions(_Options):
         "folder of .npy files (one per input), or of images (never the data of --eval); self: text that the model writes "
         "itself; none. auto is self for a language model that can write, if the criterion or the repair learns from "
         "data, and none otherwise.",
-        json_schema_extra=_flag("--calib", "PATH|self|none"),
+        json_schema_extra=flag_of("--calib", "PATH|self|none"),
     )
     evaluation: Path | None = Field(
         default=None,
         description="Data to measure source and result on: perplexity on a text, top-1 and top-5 on samples with an "
         "array 'labels' or images in one folder per class, and on all data how often both agree. With self-written "
         "calibration text the default is more of that.",
-        json_schema_extra=_flag("--eval", "PATH"),
+        json_schema_extra=flag_of("--eval", "PATH"),
     )
     tokenizer: Path | None = Field(
         default=None,
         description="tokenizer.json for texts. By default the one beside the model.",
-        json_schema_extra=_flag("--tokenizer", "PATH"),
+        json_schema_extra=flag_of("--tokenizer", "PATH"),
     )
     calibration_tokens: int = Field(
         default=16384,
         ge=1024,
         description="Use at most this many tokens for calibration.",
-        json_schema_extra=_flag("--calib-tokens", None),
+        json_schema_extra=flag_of("--calib-tokens", None),
     )
     evaluation_tokens: int = Field(
         default=16384,
         ge=2,
         description="Use at most this many tokens for evaluation.",
-        json_schema_extra=_flag("--eval-tokens", None),
+        json_schema_extra=flag_of("--eval-tokens", None),
     )
     window: int = Field(default=512, ge=2, description="Tokens per run of the model, for both kinds of data.")
     preprocess: str | None = Field(
@@ -253,7 +249,7 @@ class DataOptions(_Options):
         "number per channel, joined by colons), layout (nchw, nhwc), gray, scale (what pixels are divided by). For "
         "example size=256,crop=224,mean=0.485:0.456:0.406,std=0.229:0.224:0.225. What is left out follows from the "
         "shape of the input.",
-        json_schema_extra=_flag("--preprocess", "KEY=VALUE,..."),
+        json_schema_extra=flag_of("--preprocess", "KEY=VALUE,..."),
     )
 
     @property
@@ -277,7 +273,7 @@ class CheckOptions(_Options):
         default=None,
         description="Sample inputs for the proof: an .npz file with one array per graph input. Generated from "
         "the signature by default.",
-        json_schema_extra=_flag("--inputs", "FILE"),
+        json_schema_extra=flag_of("--inputs", "FILE"),
     )
 
 

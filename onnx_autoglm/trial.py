@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_autoglm.axes.selection import Selection
-from onnx_autoglm.consumers import Consumer, as_rows
+from onnx_autoglm.consumers import Consumer, as_rows, retraced
 from onnx_autoglm.dataset import Arrays, Dataset
 from onnx_autoglm.divergence import Loss, reference_for
 from onnx_autoglm.refit import LAMBDAS, per_output, refit, why_no_refit
@@ -121,7 +121,7 @@ def _open_weights(graph: ir.Graph, consumers: Sequence[Consumer], repair: Repair
         assert source is not None
         node = nodes[contraction.node.outputs[0].name]
         weight = _overridable(graph, f"trial/weight_{number}", source)
-        path = _retraced(graph, node, weight, node.inputs[contraction.weight])
+        path = retraced(graph, node, weight, node.inputs[contraction.weight])
         node.replace_input_with(contraction.weight, path)
         shift: str | None = None
         if repair != "none" and not why_no_refit(consumer):
@@ -150,19 +150,3 @@ def _overridable(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Va
     graph.register_initializer(value)
     graph.inputs.append(value)
     return value
-
-
-def _retraced(graph: ir.Graph, before: ir.Node, weight: ir.Value, path: ir.Value | None) -> ir.Value:
-    """The weight through copies of the transposes that lead from the old one to its consumer."""
-    perms: list[list[int]] = []
-    while path is not None and path.producer() is not None:
-        producer = path.producer()
-        assert producer is not None
-        perms.append(list(producer.attributes["perm"].as_ints()))
-        path = producer.inputs[0]
-    for perm in reversed(perms):
-        turned = ir.node("Transpose", [weight], {"perm": perm})
-        turned.outputs[0].dtype = weight.dtype or ir.DataType.FLOAT
-        graph.insert_before(before, turned)
-        weight = turned.outputs[0]
-    return weight

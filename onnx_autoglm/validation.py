@@ -11,6 +11,11 @@ from onnx_autoglm.errors import UserError
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
+def flag_of(name: str, metavar: str | None = None) -> dict[str, Any]:
+    """What a field says of its place on the command line (`json_schema_extra`)."""
+    return {"flag": name, "metavar": metavar}
+
+
 def validated(kind: type[Kind], data: dict[str, Any], where: str) -> Kind:
     """Options from plain data. Raises UserError with one line per mistake."""
     try:

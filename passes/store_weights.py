@@ -8,6 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import onnx_ir as ir
 
+from onnx_autoglm.consumers import retraced
 from onnx_autoglm.quantization.places import Place
 from onnx_autoglm.quantization.schemes import Decision, Target
 from onnx_autoglm.quantization.stored import as_stored, lazy
@@ -40,7 +41,7 @@ class WeightWriter:
             node.replace_input_with(place.operand, self._turned(source, weight))
             return
         plain = self._plain(source, place, weight, is_fp8=decision.scheme == "fp8")
-        node.replace_input_with(place.operand, self._retraced(node, plain, path))
+        node.replace_input_with(place.operand, retraced(self._graph, node, plain, path))
         if self._target == "cpu":
             _keep_apart(node)
 
@@ -113,22 +114,6 @@ class WeightWriter:
         self._graph.insert_before(next(iter(self._graph)), node)
         self._stored[key] = node.outputs[0]
         return node.outputs[0]
-
-    def _retraced(self, before: ir.Node, weight: ir.Value, path: ir.Value) -> ir.Value:
-        """The weight through copies of the transposes that lead from the old one to its product."""
-        perms: list[list[int]] = []
-        producer = path.producer()
-        while producer is not None:
-            perms.append(list(producer.attributes["perm"].as_ints()))
-            inner = producer.inputs[0]
-            assert inner is not None
-            producer = inner.producer()
-        for perm in reversed(perms):
-            turned = ir.node("Transpose", [weight], {"perm": perm})
-            turned.outputs[0].type = weight.type
-            self._graph.insert_before(before, turned)
-            weight = turned.outputs[0]
-        return weight
 
     def _as_nbits(self, node: ir.Node, place: Place, weight: Quantized) -> None:
         """A product of ONNX Runtime's own, `[n, blocks, bytes]` of unsigned integers with zero point 8 or 128."""

@@ -484,3 +484,13 @@ def test_what_is_rehearsed_is_what_is_written(chosen: tuple[str, ...]) -> None:
         expected.append(np.square(a - b).sum() / np.square(a - a.mean()).sum())
     assert loss.divergence == pytest.approx(np.mean(expected), rel=0.05, abs=1e-7)
     assert bool(chosen) or "QuantizeLinear" not in ops(result)
+
+
+def test_a_scale_does_not_pass_a_cast_to_integers() -> None:
+    source = model(
+        """agraph (float[B,S,32] x) => (float[B,S,16] y) <float[32] g, float[32,16] w> {
+        h = Mul(x, g) i = Cast<to=6>(h) j = Cast<to=1>(i) y = MatMul(j, w) }"""
+    )
+    structures = analyse(source.clone())
+    with pytest.raises(Refusal, match="rounds what makes its columns"):
+        find_folding(structures.analysis, find_places(structures)[0])

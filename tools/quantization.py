@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime
 
 from onnx_autoglm.data import load_dataset
+from onnx_autoglm.feed_roles import token_roles
 from onnx_autoglm.latency_table import workload
 from onnx_autoglm.modelfile import open_model
 from onnx_autoglm.passes.canonicalize import canonicalize
@@ -230,7 +231,8 @@ def _speeds(paths: dict[str, Path], source: Any, runs: int) -> dict[str, tuple[f
         for name, path in paths.items()
     }
     names = [item.name for item in next(iter(sessions.values())).get_inputs()]
-    has_cache = any(name.startswith("past") for name in names)
+    roles = token_roles(source)
+    has_cache = roles is not None and bool(roles.past_symbols)
     feeds = [
         workload(source, 1, 128, "prefill"),
         workload(source, 1, 128 if has_cache else 1, "decode" if has_cache else "prefill"),

@@ -144,6 +144,8 @@ def _walk(
     if node is None:
         raise Refusal("it is made of a graph input")
     kind = node.op_type if node.domain in ("", "ai.onnx", "com.microsoft") else ""
+    if kind == "Cast" and not ir.DataType(node.attributes.get_int("to", 0)).is_floating_point():
+        raise Refusal(f"{label(node)} rounds what makes its columns")
     if kind in _PASSES:
         moves = kind in ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten")
         return _operand(analysis, node, 0, atoms, None if moves else window)

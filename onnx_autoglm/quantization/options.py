@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from onnx_autoglm.units import fraction_of
+from onnx_autoglm.validation import flag_of
 
 Limit = Annotated[float, BeforeValidator(fraction_of), Field(gt=0)]
-
-
-def _flag(name: str, metavar: str | None = None) -> dict[str, Any]:
-    return {"flag": name, "metavar": metavar}
 
 
 class QuantizationOptions(BaseModel):
@@ -26,7 +23,7 @@ class QuantizationOptions(BaseModel):
         "to 8-bit weights alone or to floating point until the limit of loss holds. w8, w4: weights alone, per channel, "
         "or in 4 bits per block. fp8: E4M3 weights and activations, for TensorRT. auto: the fastest of w8a8 and w8, by "
         "measured time, within the limit. none: nothing.",
-        json_schema_extra=_flag("--quantize"),
+        json_schema_extra=flag_of("--quantize"),
     )
     target: Literal["all", "cpu", "tensorrt"] = Field(
         default="all",
@@ -36,7 +33,7 @@ class QuantizationOptions(BaseModel):
     max_loss: Limit = Field(
         default=0.02,
         description="The most that quality may fall by quantizing: of perplexity, or of top-1.",
-        json_schema_extra=_flag("--max-loss", "FRACTION"),
+        json_schema_extra=flag_of("--max-loss", "FRACTION"),
     )
     calibrator: Literal["auto", "min-max", "percentile", "mse", "entropy"] = Field(
         default="auto",
@@ -47,7 +44,7 @@ class QuantizationOptions(BaseModel):
         default=True,
         description="Move the size of large activation columns into weights first (SmoothQuant), folded into constants, "
         "with the strength searched for each.",
-        json_schema_extra=_flag("--smooth"),
+        json_schema_extra=flag_of("--smooth"),
     )
     rounding: Literal["gptq", "nearest"] = Field(
         default="gptq",
@@ -61,13 +58,6 @@ class QuantizationOptions(BaseModel):
         description="Inputs per scale of 4-bit weights: 16, 32, 64, 128 or 256.",
     )
 
-    @field_validator("block")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value & (value - 1):
-            raise ValueError(f"{value} is no power of two: take 16, 32, 64, 128 or 256")
-        return value
-
     embedding: Literal["int8", "float"] = Field(
         default="int8",
         description="How tables are stored that rows are looked up in: 8 bits with a scale per row (shared with the "
@@ -76,17 +66,24 @@ class QuantizationOptions(BaseModel):
     keep_float: tuple[str, ...] = Field(
         default=(),
         description="Leave products alone whose node, or the layer it belongs to, matches one of these globs.",
-        json_schema_extra=_flag("--keep-float", "GLOB"),
+        json_schema_extra=flag_of("--keep-float", "GLOB"),
     )
     regime: Literal["both", "prefill", "decode"] = Field(
         default="both",
         description="What is to be fast: a prompt, one token after the other, or both alike.",
-        json_schema_extra=_flag("--quantize-regime"),
+        json_schema_extra=flag_of("--quantize-regime"),
     )
     strict: bool = Field(
         default=False,
         description="Make it an error if ONNX Runtime computes in floating point what was promised in integers.",
     )
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"{value} is no power of two: take 16, 32, 64, 128 or 256")
+        return value
 
 
 class QuantizationStage(QuantizationOptions):
@@ -95,10 +92,10 @@ class QuantizationStage(QuantizationOptions):
     scheme: Literal["auto", "w8a8", "w8", "w4", "fp8", "none"] = Field(
         default="none",
         description="Quantize the result too: see onnx-autoglm quantize --help.",
-        json_schema_extra=_flag("--quantize"),
+        json_schema_extra=flag_of("--quantize"),
     )
     max_loss: Limit = Field(
         default=0.02,
         description="The most that quality may fall by quantizing, beyond pruning.",
-        json_schema_extra=_flag("--quantize-loss", "FRACTION"),
+        json_schema_extra=flag_of("--quantize-loss", "FRACTION"),
     )
