@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from onnx_autoglm import modelfile
 from onnx_autoglm.budget import Outcome, Spender
+from onnx_autoglm.clock import Clock
 from onnx_autoglm.consumers import normed_values
 from onnx_autoglm.conversion import convert_staged
 from onnx_autoglm.criteria import score
@@ -92,7 +92,7 @@ def optimize(
         raise UserError("give either options or single options (and config), not both")
     options = collect(given, config) if options is None else options
     chosen = criterion_of(options)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     with clock("open"):
         source = modelfile.open_model(source_path)
         modelfile.check_output_path(source, folder / "model.onnx")
@@ -387,22 +387,3 @@ def _refuse_failure(proof: Proof) -> None:
         difference.reason or f"relative difference {difference.relative:.1e}, allowed {proof.tolerance:.0e}"
     )
     raise CheckFailed(f"masked source and pruned model differ at output {difference.output}: {detail}")
-
-
-# --- time
-
-
-class _Clock:
-    """Times the passes and tells the user which one runs."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.passes: list[dict[str, Any]] = []
-        self._progress = progress
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
-        self._progress(name)
-        started = time.perf_counter()
-        effect: dict[str, Any] = {}
-        yield effect
-        self.passes.append({"name": name, "seconds": round(time.perf_counter() - started, 3), **effect})
